@@ -1,0 +1,21 @@
+# `make demo` and `make test` do all set-up themselves; everything lives in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test clean
+
+demo: $(VENV)/installed
+	$(RUN) examples/split_images.py
+
+test: $(VENV)/installed
+	$(RUN) -m spg_kernels
+	$(RUN) -m pytest tests
+
+$(VENV)/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build spg_kernels/backends/*.so *.egg-info

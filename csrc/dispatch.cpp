@@ -1,0 +1,92 @@
+// The kernels, compiled once per instruction set from the same loops, and the choice among them.
+// Everything that is not a kernel is compiled for the baseline, so the library loads and runs on any machine.
+#include "dispatch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#define SPG_TABLE(name) \
+  const Kernels table = {name, first_element, moments, fold, soft_mask, update_mask, sgd, adam}
+
+namespace spg {
+
+// Where the baseline has no fused multiply-add, __builtin_fmaf would be a call into libm.
+#define SPG_FMA(a, b, c) ((a) * (b) + (c))
+namespace baseline {
+#include "convert.h"
+#include "importance_kernels.h"
+#include "step_kernels.h"
+SPG_TABLE("baseline");
+}  // namespace baseline
+#undef SPG_FMA
+
+#if defined(__x86_64__)
+#define SPG_FMA(a, b, c) __builtin_fmaf(a, b, c)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+namespace avx2 {
+#include "convert.h"
+#include "importance_kernels.h"
+#include "step_kernels.h"
+SPG_TABLE("avx2");
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"), min_vector_width(512))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+namespace avx512 {
+#include "convert.h"
+#include "importance_kernels.h"
+#include "step_kernels.h"
+SPG_TABLE("avx512");
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+static const Kernels& choose() {
+  const char* cap = std::getenv("SPG_CPU_CAPABILITY");
+  const bool capped_to_baseline = cap && !std::strcmp(cap, "baseline");
+  const bool capped_to_avx2 = cap && !std::strcmp(cap, "avx2");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && !capped_to_avx2 && !capped_to_baseline) return avx512::table;
+  if (has_avx2 && !capped_to_baseline) return avx2::table;
+  return baseline::table;
+}
+#else
+static const Kernels& choose() { return baseline::table; }
+#endif
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace spg
+
+int32_t spg_abi_version(void) { return 1; }
+
+const char* spg_isa(void) { return spg::kernels().isa; }
+
+int32_t spg_has_openmp(void) {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}

@@ -1,0 +1,20 @@
+"""SPG: soft-masking of parameter-level gradient flow for continual learning, as fused kernels behind a drop-in optimizer."""
+
+from .importance import Importance, cross_head_losses
+from .ops import (
+    BackendError,
+    NonFiniteGradientError,
+    SPGError,
+    accumulate_importance_,
+    importance,  # the function; the module of that name stays importable as `from spg_kernels.importance import ...`
+    masked_adamw_,
+    masked_sgd_,
+    soft_mask_,
+    update_mask_,
+)
+from .optimizer import SPGOptimizer
+
+__version__ = "0.1.0"
+
+__all__ = ["BackendError", "Importance", "NonFiniteGradientError", "SPGError", "SPGOptimizer", "accumulate_importance_",
+           "cross_head_losses", "importance", "masked_adamw_", "masked_sgd_", "soft_mask_", "update_mask_"]

@@ -1,0 +1,171 @@
+"""SPG in plain PyTorch: the specification of every kernel in this package, and the fallback.
+
+The functions follow T. Konishi et al., "Parameter-Level Soft-Masking for Continual Learning", ICML 2023
+(PMLR 202:17492-17505), in the paper's order: standardize, importance, accumulate over tasks, soft mask, optimizer step.
+Arithmetic happens in `opmath` (float32 for half precision, the tensor's own dtype otherwise), statistics in float64.
+"""
+
+import torch
+from torch import Tensor
+
+# An 8-bit importance code stores |z|, not gamma: code = ceil(28 |z|), saturating at 255. The maximum of codes is the code of
+# the maximum, rounding up never under-protects, and 1 - gamma keeps its relative precision where gamma is close to 1.
+CODE_SCALE = 28.0
+
+
+def standardize(grad: Tensor) -> Tensor:
+    """z = (g - mean(g)) / std(g) over all elements, std unbiased, as float64; 0 where nothing stands out (std = 0)."""
+    x = grad.double()
+    if x.numel() < 2:
+        return x - x
+    # z does not change under shift and scale. The shift makes a constant gradient exactly zero and keeps the digits of a
+    # small spread around a large mean; the scale keeps the squares of float64 gradients in range.
+    x = x - x.flatten()[0]
+    largest = x.abs().max()
+    if largest == 0:
+        return x
+    x = x / largest
+    return (x - x.mean()) / x.std()
+
+
+def importance(grad: Tensor) -> Tensor:
+    """a = |tanh(z)|, float32, of `grad`'s shape, in [0, 1]. NaN throughout if `grad` holds an inf or a NaN.
+
+    A complex gradient is standardized over its real and imaginary parts; an element is as important as the larger one.
+    """
+    return _standing_out(grad).tanh().float()
+
+
+def _standing_out(grad: Tensor) -> Tensor:
+    """|z| as float64, dense and of `grad`'s shape."""
+    grad = grad.to_dense() if grad.layout != torch.strided else grad
+    if grad.is_complex():
+        return standardize(torch.view_as_real(grad.resolve_conj())).abs().amax(-1)
+    return standardize(grad).abs()
+
+
+def encode(z: Tensor) -> Tensor:
+    """The 8-bit code of |z|."""
+    return (z.abs() * CODE_SCALE).ceil().clamp(max=255).to(torch.uint8)
+
+
+def code_table() -> tuple[Tensor, Tensor]:
+    """(gamma, 1 - gamma) of the 256 codes, float32: tanh(z) and 2 / (1 + exp(2z)) at z = code / 28.
+
+    The two agree on what is frozen: the second is 0 exactly where the first rounds to 1 (codes 253 and up).
+    """
+    z = torch.arange(256, dtype=torch.float64) / CODE_SCALE
+    gamma = z.tanh().float()
+    return gamma, (2 / (1 + (2 * z).exp())).float().where(gamma < 1, 0.0)
+
+
+def encode_gamma(gamma: Tensor) -> Tensor:
+    """The smallest 8-bit code that protects at least as much as `gamma`, of values in [0, 1]."""
+    return torch.searchsorted(code_table()[0].to(gamma.device), gamma.float().contiguous()).to(torch.uint8)
+
+
+def decode(code: Tensor) -> Tensor:
+    """gamma, float32, of 8-bit codes."""
+    return code_table()[0].to(code.device)[code.int()]
+
+
+def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
+    """gamma <- max(gamma, a), in place. Returns a bool per tensor: False where a gradient is not finite, gamma untouched."""
+    finite = torch.ones(len(grads), dtype=torch.bool)
+    for i, (gamma, grad) in enumerate(zip(gammas, grads, strict=True)):
+        z = _standing_out(grad)
+        finite[i] = bool(z.isfinite().all())
+        if finite[i]:
+            new = encode(z) if gamma.dtype == torch.uint8 else z.tanh().float()
+            gamma.copy_(torch.maximum(gamma, new))
+    return finite.to(grads[0].device) if grads else finite
+
+
+def mean_gamma(gammas: list[Tensor], device: torch.device | None = None) -> Tensor:
+    """The mean over all elements of all trunk tensors, 0-d float32 on `device`; heads are scaled by one minus it."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for gamma in gammas:
+        # In pieces: a float64 copy of a whole embedding would be the largest tensor of the process.
+        for piece in gamma.flatten().split(1 << 20):
+            piece = decode(piece) if piece.dtype == torch.uint8 else piece
+            total += piece.to(torch.float64).sum().to(total.device)
+    return (total / max(1, sum(gamma.numel() for gamma in gammas))).float()
+
+
+def keep(gamma: Tensor, opmath: torch.dtype) -> Tensor:
+    """1 - gamma: the share of a gradient or an update that passes the mask. Exactly 0 where gamma = 1."""
+    if gamma.dtype == torch.uint8:
+        return code_table()[1].to(gamma.device)[gamma.int()].to(opmath)
+    return 1 - gamma.to(opmath)
+
+
+def opmath(tensor: Tensor) -> torch.dtype:
+    """The real dtype that arithmetic on `tensor` happens in."""
+    return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def scale(grad: Tensor, gamma: Tensor) -> Tensor:
+    """(1 - gamma) g. A select at gamma = 1: a protected element stays 0 even where g is inf or NaN."""
+    passes = keep(gamma, opmath(grad))
+    return torch.where(passes == 0, 0, grad * passes)
+
+
+def blend(new: Tensor, old: Tensor, gamma: Tensor) -> Tensor:
+    """old + (1 - gamma)(new - old), exactly `old` at gamma = 1 and exactly `new` at gamma = 0, finite or not."""
+    passes = keep(gamma, opmath(new))
+    between = (old + passes * (new - old)).to(new.dtype)
+    return torch.where(passes == 0, old, torch.where(passes == 1, new, between))
+
+
+def soft_mask_(grads: list[Tensor], gammas: list[Tensor]) -> None:
+    """g <- (1 - gamma) g, in place."""
+    for grad, gamma in zip(grads, gammas, strict=True):
+        grad.copy_(scale(grad, gamma))
+
+
+def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Tensor]) -> None:
+    """p <- old + (1 - gamma)(p - old), in place: around any optimizer's step."""
+    for param, old, gamma in zip(params, old_params, gammas, strict=True):
+        param.copy_(blend(param, old, gamma))
+
+
+def masked_sgd_(params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0,
+                nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
+    """One step of torch.optim.SGD under the soft mask, in place. `momentum_buffers` is empty when momentum = 0."""
+    for i, (param, grad, gamma) in enumerate(zip(params, grads, gammas, strict=True)):
+        old = param.to(opmath(param))
+        grad = (-grad if maximize else grad).to(old.dtype)
+        grad = scale(grad, gamma) if mask == "gradient" else grad
+        grad = grad + weight_decay * old if weight_decay else grad
+        if momentum:
+            buffer = grad if is_first_step else momentum * momentum_buffers[i].to(old.dtype) + (1 - dampening) * grad
+            momentum_buffers[i].copy_(buffer)
+            grad = grad + momentum * buffer if nesterov else buffer
+        new = old - lr * grad
+        param.copy_(blend(new, old, gamma) if mask == "update" else new)
+
+
+def masked_adamw_(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *, lr, beta1=0.9, beta2=0.999,
+                  eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False, mask="update") -> None:
+    """One step of torch.optim.AdamW (`decoupled`) or Adam under the soft mask, in place; the steps are incremented.
+
+    `max_exp_avg_sqs` is empty without amsgrad; `state_steps` holds one float32 scalar a parameter, as torch keeps it.
+    """
+    for i, (param, grad, gamma) in enumerate(zip(params, grads, gammas, strict=True)):
+        old = param.to(opmath(param))
+        grad = (-grad if maximize else grad).to(old.dtype)
+        grad = scale(grad, gamma) if mask == "gradient" else grad
+        new = old * (1 - lr * weight_decay) if decoupled else old
+        grad = grad if decoupled else grad + weight_decay * old
+        state_steps[i] += 1
+        step = float(state_steps[i])
+        exp_avg = exp_avgs[i] + (1 - beta1) * (grad - exp_avgs[i])
+        exp_avg_sq = beta2 * exp_avg_sqs[i].to(old.dtype) + (1 - beta2) * grad * grad
+        exp_avgs[i].copy_(exp_avg)
+        exp_avg_sqs[i].copy_(exp_avg_sq)
+        if max_exp_avg_sqs:
+            exp_avg_sq = torch.maximum(max_exp_avg_sqs[i], exp_avg_sq)
+            max_exp_avg_sqs[i].copy_(exp_avg_sq)
+        denominator = exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5 + eps
+        new = new - lr / (1 - beta1**step) * exp_avg / denominator
+        param.copy_(blend(new, old, gamma) if mask == "update" else new)

@@ -1,0 +1,254 @@
+import copy
+import json
+import os
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spg_kernels import Importance, NonFiniteGradientError, SPGOptimizer, cross_head_losses
+
+from .models import Net, set_gradients, tasks
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+def measured(net, dtype=torch.float32):
+    importance = Importance(net.trunk.named_parameters(), dtype=dtype)
+    set_gradients(net.trunk.parameters())
+    importance.accumulate(net.trunk.parameters())
+    return importance
+
+
+def test_a_mapping_by_name_and_by_parameter(net):
+    importance = measured(net)
+    assert len(importance) == 4 and list(importance) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    weight = net.trunk[0].weight
+    assert weight in importance and "0.weight" in importance and net.heads[0].weight not in importance and "x" not in importance
+    assert torch.equal(importance[weight], importance["0.weight"]) and importance[weight].dtype == torch.float32
+    importance[weight].fill_(0.5)
+    assert not (importance[weight] == 0.5).all(), "what is read is a copy"
+    importance["0.bias"] = torch.full((16,), 0.25)
+    assert (importance[net.trunk[0].bias] == 0.25).all()
+    with pytest.raises(KeyError):
+        importance[net.heads[0].weight]
+    assert importance == importance and importance != measured(net)
+
+
+@pytest.mark.parametrize("value, kind, message", [
+    (torch.rand(4), ValueError, r"0.weight.*\(16, 10\).*\(4,\)"),
+    (torch.full((16, 10), 1.5), ValueError, r"0.weight.*\[0, 1\].*1.5"),
+    (torch.full((16, 10), -0.1), ValueError, r"0.weight.*\[0, 1\]"),
+    (torch.full((16, 10), float("nan")), ValueError, r"0.weight.*finite"),
+    (torch.ones(16, 10, dtype=torch.int64), TypeError, "0.weight.*int64"),
+])
+def test_setting_checks_shape_range_and_finiteness(net, value, kind, message):
+    importance = measured(net)
+    before = importance["0.weight"]
+    with pytest.raises(kind, match=message):
+        importance["0.weight"] = value
+    assert torch.equal(importance["0.weight"], before)
+
+
+def test_the_mean_is_over_elements_not_over_tensors(net):
+    importance = measured(net)
+    exact = torch.cat([importance[name].double().flatten() for name in importance]).mean()
+    assert abs(float(importance.mean()) - float(exact)) < 1e-7
+    coded = measured(net, torch.uint8)
+    exact = torch.cat([coded[name].double().flatten() for name in coded]).mean()
+    assert abs(float(coded.mean()) - float(exact)) < 1e-7
+    assert float(Importance().mean()) == 0
+
+
+def test_eight_bits_protect_at_least_as_much(net):
+    exact, coded = measured(net), measured(net, torch.uint8)
+    for name in exact:
+        assert (coded[name] >= exact[name] - 1e-6).all()
+        assert (1 - coded[name] >= 0.93 * (1 - exact[name]) - 1e-6).all()
+    coded["0.bias"] = torch.linspace(0, 1, 16)
+    assert coded["0.bias"][0] == 0 and coded["0.bias"][-1] == 1
+
+
+def test_summary_is_the_capacity_table(net):
+    importance = measured(net)
+    importance["0.bias"] = torch.tensor([0.6] * 4 + [0.995] * 4 + [0.1] * 8)
+    importance.tasks = 2
+    summary = importance.summary()
+    row = next(row for row in summary.rows if row.name == "0.bias")
+    assert row.elements == 16 and abs(row.mean - (0.6 * 4 + 0.995 * 4 + 0.1 * 8) / 16) < 1e-6
+    assert row.above_half == 0.5 and row.above_99 == 0.25
+    assert abs(summary.head_factor - (1 - float(importance.mean()))) < 1e-7 and summary.tasks == 2
+    assert "0.bias" in str(summary) and "25.0%" in str(summary)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_state_dict_and_file_round_trips_are_exact(net, dtype, tmp_path):
+    importance = measured(net, dtype)
+    importance.tasks = 3
+    importance.save(tmp_path / "a.safetensors")
+    loaded = Importance.load(tmp_path / "a.safetensors")
+    fresh = Importance(net.trunk.named_parameters(), dtype=dtype)
+    fresh.load_state_dict(importance.state_dict())
+    for other in (loaded, fresh, copy.deepcopy(importance), pickle.loads(pickle.dumps(importance))):
+        assert other.tasks == 3 and other.active and other.dtype == dtype and list(other) == list(importance)
+        assert all(torch.equal(other[name], importance[name]) for name in importance)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"], "no temporary file is left"
+
+
+def test_a_loaded_importance_is_attached_by_name(net, tmp_path):
+    importance = measured(net)
+    importance.save(tmp_path / "a")
+    other = Net()
+    loaded = Importance.load(tmp_path / "a")
+    assert other.trunk[0].weight not in loaded
+    loaded.bind(other.trunk.named_parameters())
+    assert torch.equal(loaded[other.trunk[0].weight], importance["0.weight"])
+    loaded.bind([("heads.0.weight", net.heads[0].weight)])
+    assert len(loaded) == 4, "bind attaches known names only"
+    with pytest.raises(ValueError, match="0.weight.*shape"):
+        loaded.bind([("0.weight", nn.Parameter(torch.zeros(4)))])
+
+
+def test_loading_says_what_is_missing_or_unexpected(net, tmp_path):
+    importance = measured(net)
+    state = importance.state_dict()
+    state["gammas"] = {"0.weight": state["gammas"]["0.weight"], "extra": torch.zeros(3)}
+    before = {name: importance[name] for name in importance}
+    with pytest.raises(ValueError, match=r"missing \['0.bias', '2.weight', '2.bias'\], unexpected \['extra'\]"):
+        importance.load_state_dict(state)
+    with pytest.raises(ValueError, match="version"):
+        importance.load_state_dict({**importance.state_dict(), "version": 99})
+    assert all(torch.equal(importance[name], before[name]) for name in importance)
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(3)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="importance file"):
+        Importance.load(tmp_path / "other")
+
+
+def test_a_failing_save_leaves_the_file_that_was_there(net, tmp_path, monkeypatch):
+    importance = measured(net)
+    importance.save(tmp_path / "a")
+    before = (tmp_path / "a").read_bytes()
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    importance["0.bias"] = torch.zeros(16)
+    with pytest.raises(OSError, match="no space"):
+        importance.save(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_names_and_shapes_of_parameters_are_checked(net):
+    importance = Importance(net.trunk.named_parameters())
+    with pytest.raises(ValueError, match="already known as 0.weight"):
+        importance.add("module.0.weight", net.trunk[0].weight)
+    with pytest.raises(TypeError, match="int.*int64"):
+        importance.add("int", torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="dtype"):
+        Importance(dtype=torch.float16)
+
+
+def test_memory_is_one_buffer_a_parameter_and_follows_the_model():
+    with torch.device("meta"):
+        net = Net()
+    importance = Importance(net.trunk.named_parameters(), dtype=torch.uint8)
+    assert all(gamma.is_meta and gamma.dtype == torch.uint8 for gamma in importance.state_dict()["gammas"].values())
+    net.to_empty(device="cpu")
+    importance.bind(net.trunk.named_parameters())
+    set_gradients(net.trunk.parameters())
+    importance.accumulate(net.trunk.parameters())
+    assert importance[net.trunk[0].weight].max() > 0
+
+
+def test_losses_probe_old_heads_with_the_sum_of_their_outputs(net):
+    x, y = tasks()[0][0]
+    losses = cross_head_losses(net, 2, F.cross_entropy)
+    assert len(losses) == 3
+    assert torch.equal(losses[0]((x, y)), net(x, 0).sum()) and torch.equal(losses[1]([x, y]), net(x, 1).sum())
+    assert torch.equal(losses[2]((x, y)), F.cross_entropy(net(x, 2), y))
+    with pytest.raises(ValueError, match="task"):
+        cross_head_losses(net, -1, F.cross_entropy)
+
+
+def test_measuring_equals_the_loop_in_the_users_own_hands(net, capsys):
+    batches = tasks()[1]
+    losses = cross_head_losses(net, 1, F.cross_entropy)
+
+    def wrapped():
+        return SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads)
+
+    by_hand, measured = wrapped(), wrapped()
+    for loss_of in losses:
+        by_hand.zero_grad()
+        for batch in batches:
+            loss_of(batch).backward()
+        by_hand.accumulate_importance()
+    set_gradients(net.parameters())
+    parameters = [p.detach().clone() for p in net.parameters()]
+    net.train()
+    with torch.no_grad():
+        measured.measure_importance(batches, losses, progress=True)
+    assert "importance" in capsys.readouterr().err
+    assert measured.importance.tasks == 1 and net.training
+    assert all(p.grad is None for p in net.parameters()) and not measured.state
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), parameters))
+    for name in by_hand.importance:
+        assert torch.equal(by_hand.importance[name], measured.importance[name])
+        assert by_hand.importance[name].max() > 0.5
+
+
+def test_a_measuring_pass_that_cannot_work_says_why(net):
+    optimizer = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads)
+    batches, losses = tasks()[0], cross_head_losses(net, 1, F.cross_entropy)
+    with pytest.raises(ValueError, match="iterator"):
+        optimizer.measure_importance(iter(batches), losses)
+    with pytest.raises(ValueError, match="at least one batch"):
+        optimizer.measure_importance([], losses, progress=False)
+    with pytest.raises(ValueError, match="losses"):
+        optimizer.measure_importance(batches, [])
+    with pytest.raises(NonFiniteGradientError) as error:
+        optimizer.measure_importance([(batches[0][0] * float("nan"), batches[0][1])], losses, progress=False)
+    assert error.value.names == ["0.0", "0.1", "0.2", "0.3"]
+    assert optimizer.importance.tasks == 0 and all(p.grad is None for p in net.parameters())
+    assert not optimizer.importance["0.0"].any()
+
+
+def test_a_gradient_that_is_none_changes_nothing(net):
+    importance = measured(net)
+    before = {name: importance[name] for name in importance}
+    net.zero_grad()
+    net.trunk[0].bias.grad = torch.randn(16)
+    importance.accumulate(net.trunk.parameters())
+    assert not torch.equal(importance["0.bias"], before["0.bias"])
+    assert all(torch.equal(importance[name], before[name]) for name in importance if name != "0.bias")
+
+
+def test_sparse_and_complex_gradients_have_an_importance():
+    embedding = nn.Embedding(6, 4, sparse=True)
+    embedding(torch.tensor([1, 1, 3])).square().sum().backward()
+    importance = Importance(embedding.named_parameters())
+    importance.accumulate(embedding.parameters())
+    dense = Importance([("dense", twin := nn.Parameter(torch.zeros(6, 4)))])
+    twin.grad = embedding.weight.grad.to_dense()
+    dense.accumulate([twin])
+    assert (importance["weight"] - dense["dense"]).abs().max() < 2e-6 and dense["dense"].max() > 0.5
+    wave = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+    wave.grad = torch.randn(5, dtype=torch.complex64)
+    importance = Importance([("wave", wave)])
+    importance.accumulate([wave])
+    parts = torch.view_as_real(wave.grad).double()
+    expected = ((parts - parts.mean()) / parts.std()).tanh().abs().amax(-1)
+    assert (importance["wave"] - expected).abs().max() < 1e-6
+
+
+def test_the_summary_is_plain_numbers(net):
+    row = measured(net).summary().rows[0]
+    assert json.loads(json.dumps(vars(row)))["name"] == "0.weight"

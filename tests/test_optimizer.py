@@ -1,0 +1,518 @@
+"""SPGOptimizer: protection, and that it behaves as a torch optimizer. DROPIN.md's list in full is its own suite."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import spg_kernels
+from spg_kernels import Importance, NonFiniteGradientError, SPGOptimizer
+
+from .models import Net, set_gradients
+
+INNER = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True, maximize=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "AdamW tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01, weight_decay=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01, weight_decay=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, weight_decay=0.1),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.1, weight_decay=0.1),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01, weight_decay=0.1),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, weight_decay=0.1),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=0.1),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+}
+FUSABLE = [name for name in INNER if name.startswith(("SGD", "Adam", "AdamW")) and name not in ("Adamax", "Adafactor")]
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+def wrap(net, inner="SGD", gamma=None, **kwargs):
+    if kwargs.get("mask") == "gradient":
+        warnings.simplefilter("ignore", UserWarning)
+    optimizer = SPGOptimizer(INNER[inner](net.parameters()), heads=net.heads, named_parameters=net.named_parameters(), **kwargs)
+    if gamma is not None:
+        for name in optimizer.importance:
+            optimizer.importance[name] = torch.full(optimizer.importance[name].shape, gamma)
+        optimizer.importance.active = True
+    return optimizer
+
+
+def closure_for(net, x):
+    def closure():
+        net.zero_grad()
+        loss = sum(net(x, t).square().mean() for t in range(3))
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def train(net, optimizer, steps=3, seed=0):
+    x = torch.randn(8, 10, generator=torch.Generator().manual_seed(seed))
+    return [float(optimizer.step(closure_for(net, x))) for _ in range(steps)]
+
+
+def values(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# Protection
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("mask", ["update", "gradient"])
+def test_no_importance_is_the_inner_optimizer_bit_for_bit_on_the_generic_path(net, inner, mask):
+    twin = copy.deepcopy(net)
+    plain = INNER[inner](twin.parameters())
+    losses = train(twin, plain)
+    for gamma in (None, 0.0):
+        model = copy.deepcopy(net)
+        optimizer = wrap(model, inner, gamma, mask=mask, backend="reference")
+        assert train(model, optimizer) == losses
+        assert equal(values(model), values(twin))
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("on", ["auto", "reference"])
+def test_gamma_one_does_not_move(net, inner, on):
+    """Under a closure, with weight decay, and with heads: their factor 1 - mean(gamma) is 0."""
+    before = values(net)
+    losses = train(net, wrap(net, inner, 1.0, backend=on))
+    assert equal(values(net), before) and len(set(losses)) == 1
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("on", ["auto", "reference"])
+def test_gamma_one_does_not_move_under_an_update_that_is_not_finite(net, inner, on):
+    optimizer = wrap(net, inner, 1.0, backend=on)
+    before = values(net)
+
+    def closure():
+        set_gradients(net.parameters())
+        for p in net.parameters():
+            p.grad.fill_(float("nan"))
+        return torch.tensor(1.0)
+
+    optimizer.step(closure)
+    assert equal(values(net), before)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_the_update_mask_scales_what_the_inner_step_adds(net, inner):
+    """On both paths, for the trunk elementwise and for heads by one minus the mean of gamma."""
+    for on in ("auto", "reference"):
+        model, twin = copy.deepcopy(net), copy.deepcopy(net)
+        optimizer = wrap(model, inner, backend=on)
+        for name in optimizer.importance:
+            optimizer.importance[name] = torch.rand(optimizer.importance[name].shape, generator=torch.Generator().manual_seed(3))
+        old = values(model)
+        train(twin, INNER[inner](twin.parameters()), steps=1)
+        train(model, optimizer, steps=1)
+        mean = float(optimizer.importance.mean())
+        for (name, p), q, before in zip(model.named_parameters(), twin.parameters(), old):
+            gamma = optimizer.importance[name] if name in optimizer.importance else mean
+            expected = before + (1 - gamma) * (q - before)
+            assert (p - expected).abs().max() < 1e-6, (on, name)
+            assert name in optimizer.importance or name.startswith("heads.")
+
+
+@pytest.mark.parametrize("inner", FUSABLE)
+@pytest.mark.parametrize("mask", ["update", "gradient"])
+def test_the_fused_path_is_taken_and_equals_the_generic_one(net, inner, mask, monkeypatch):
+    """Parameters and torch's own state, so that the wrapper can be taken off at any time."""
+    twin = copy.deepcopy(net)
+    fused, generic = wrap(net, inner, 0.3, mask=mask), wrap(twin, inner, 0.3, mask=mask, backend="reference")
+    train(net, fused, steps=1), train(twin, generic, steps=1)  # the step that makes the state
+    monkeypatch.setattr(SPGOptimizer, "_generic_step", None)
+    train(net, fused, steps=3)
+    monkeypatch.undo()
+    train(twin, generic, steps=3)
+    for p, q in zip(net.parameters(), twin.parameters()):
+        assert (p - q).abs().max() < 3e-6
+        a, b = fused.state[p], generic.state[q]
+        assert a.keys() == b.keys()
+        for key in a:
+            assert (a[key] - b[key]).abs().max() < 3e-6 and a[key].dtype == b[key].dtype
+
+
+def test_a_parameter_that_joins_late_starts_its_momentum(net):
+    twin = copy.deepcopy(net)
+    fused, generic = wrap(net, "SGD momentum", 0.3), wrap(twin, "SGD momentum", 0.3, backend="reference")
+    for model, optimizer in ((net, fused), (twin, generic)):
+        for late in (True, False, False):
+            set_gradients(model.parameters())
+            if late:
+                model.trunk[0].weight.grad = None
+            optimizer.step()
+    assert all((p - q).abs().max() < 1e-6 for p, q in zip(net.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("on", ["auto", "reference"])
+@pytest.mark.parametrize("mask", ["update", "gradient"])
+@pytest.mark.parametrize("inner", ["SGD", "AdamW", "RMSprop"])
+def test_a_step_leaves_the_gradients_as_they_were(net, inner, mask, on):
+    optimizer = wrap(net, inner, 0.5, mask=mask, backend=on)
+    set_gradients(net.parameters())
+    grads = [p.grad for p in net.parameters()]
+    copies = [g.clone() for g in grads]
+    optimizer.step()
+    assert all(p.grad is g for p, g in zip(net.parameters(), grads)) and equal(grads, copies)
+
+
+def test_the_gradient_mask_scales_the_gradient(net):
+    twin = copy.deepcopy(net)
+    optimizer = wrap(net, "AdamW", 0.75, mask="gradient", backend="reference")
+    plain = INNER["AdamW"](twin.parameters())
+    set_gradients(net.parameters()), set_gradients(twin.parameters())
+    for p in twin.parameters():
+        p.grad *= 0.25
+    optimizer.step(), plain.step()
+    assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(net.parameters(), twin.parameters()))
+
+
+def test_the_gradient_mask_warns_where_the_inner_optimizer_undoes_it(net):
+    def build(optimizer):
+        return SPGOptimizer(optimizer, heads=net.heads, mask="gradient")
+
+    with pytest.warns(UserWarning, match="AdamW.*adapts"):
+        build(torch.optim.AdamW(net.parameters()))
+    with pytest.warns(UserWarning, match="decays weights"):
+        build(torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+        SPGOptimizer(torch.optim.AdamW(net.parameters()), heads=net.heads)
+
+
+@pytest.mark.parametrize("mask", ["update", "gradient"])
+def test_sparse_gradients_stay_masked(mask):
+    embedding = nn.Embedding(6, 4, sparse=True)
+    optimizer = SPGOptimizer(torch.optim.SGD(embedding.parameters(), lr=0.1), mask=mask)
+    gamma = torch.rand(6, 4)
+    gamma[1] = 1
+    optimizer.importance["0.0"] = gamma
+    before = embedding.weight.detach().clone()
+    embedding(torch.tensor([1, 3, 3])).sum().backward()
+    grad = embedding.weight.grad
+    optimizer.step()
+    assert embedding.weight.grad is grad
+    expected = before - 0.1 * (1 - gamma) * grad.to_dense()
+    assert torch.allclose(embedding.weight, expected, atol=1e-7) and torch.equal(embedding.weight[1], before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize("inner", ["SGD momentum", "AdamW", "RMSprop"])
+def test_parameters_of_any_dtype(dtype, inner):
+    parameter = nn.Parameter(torch.randn(300, dtype=dtype))
+    twin = nn.Parameter(parameter.detach().clone())
+    optimizer = SPGOptimizer(INNER[inner]([parameter]))
+    gamma = torch.linspace(0, 1, 300)
+    optimizer.importance[parameter] = gamma
+    plain = INNER[inner]([twin])
+    old, grad = parameter.detach().clone(), torch.randn(300, dtype=dtype)
+    parameter.grad, twin.grad = grad, grad.clone()
+    optimizer.step(), plain.step()
+    expected = old + (1 - gamma) * (twin - old)
+    limit = 0.02 if dtype == torch.bfloat16 else 1e-6
+    assert (parameter - expected).abs().max() <= limit and parameter[-1] == old[-1]
+
+
+def test_eight_bit_importance_drives_the_same_step(net):
+    coded = wrap(net, "AdamW", importance_dtype=torch.uint8)
+    assert coded.importance.dtype == torch.uint8
+    for name in coded.importance:
+        coded.importance[name] = torch.rand(coded.importance[name].shape)
+    twin = copy.deepcopy(net)
+    generic = wrap(twin, "AdamW", backend="reference", importance_dtype=torch.uint8)
+    generic.importance.load_state_dict(coded.importance.state_dict())
+    train(net, coded), train(twin, generic)
+    assert all((p - q).abs().max() < 3e-6 for p, q in zip(net.parameters(), twin.parameters()))
+
+
+# A torch optimizer
+
+
+def test_it_is_an_optimizer_with_live_properties(net):
+    optimizer = wrap(net, "AdamW", 0.5)
+    assert isinstance(optimizer, Optimizer)
+    assert optimizer.param_groups is optimizer.inner.param_groups and optimizer.state is optimizer.inner.state
+    assert optimizer.defaults is optimizer.inner.defaults
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+    set_gradients(net.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.inner.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
+
+
+def test_a_scheduler_on_the_inner_optimizer_sees_its_steps(net):
+    inner = INNER["AdamW"](net.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(inner, step_size=1)
+    optimizer = SPGOptimizer(inner, heads=net.heads)
+    set_gradients(net.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("gamma", [None, 1.0])
+@pytest.mark.parametrize("on", ["auto", "reference"])
+def test_hooks_fire_once_and_see_masked_parameters(net, gamma, on):
+    inner = INNER["AdamW"](net.parameters())
+    calls = []
+    inner.register_step_pre_hook(lambda *_: calls.append("inner pre"))
+    optimizer = SPGOptimizer(inner, heads=net.heads, backend=on)
+    for name in optimizer.importance if gamma else ():
+        optimizer.importance[name] = torch.ones_like(optimizer.importance[name])
+    before = values(net)
+    optimizer.register_step_post_hook(lambda *_: calls.append(("post", equal(values(net), before))))
+    handle = register_optimizer_step_post_hook(lambda *_: calls.append("global post"))
+    set_gradients(net.parameters())
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    handle.remove()
+    assert calls == ["inner pre", ("post", bool(gamma)), "global post"]
+    assert [e.name for e in profile.events() if e.name.startswith("Optimizer.step")] == ["Optimizer.step#SPGOptimizer.step"]
+
+
+def test_state_dict_hooks_fire_once(net):
+    optimizer = wrap(net, "AdamW")
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_state_dict_post_hook(lambda _, state: calls.append("spg_importance" in state["state"][0]))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("load pre"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("load post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["pre", True, "load pre", "load post"]
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_checkpoints_load_with_and_without_the_wrapper(net, inner, steps):
+    optimizer = wrap(net, inner, 0.0)
+    train(net, optimizer, steps=steps)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert all("spg_importance" in state["state"][i] for i in range(len(list(net.parameters()))))
+
+    continued = []
+    for wrapped in (False, True):
+        model = copy.deepcopy(net)
+        resumed = wrap(model, inner) if wrapped else INNER[inner](model.parameters())
+        resumed.load_state_dict(copy.deepcopy(state))  # torch takes the tensors themselves
+        train(model, resumed, steps=2)
+        continued.append(values(model))
+    train(net, optimizer, steps=2)
+    for other in continued:
+        assert all((p - q).abs().max() < 1e-5 for p, q in zip(values(net), other))
+
+    plain = INNER[inner](net.parameters())
+    train(net, plain, steps=steps)
+    wrapper = wrap(net, inner, 0.25)
+    wrapper.load_state_dict(plain.state_dict())
+    train(net, wrapper)
+    assert (wrapper.importance["trunk.0.weight"] == 0.25).all(), "a plain checkpoint says nothing of importance"
+
+
+def test_the_importance_survives_a_checkpoint_exactly(net):
+    optimizer = wrap(net.bfloat16(), "AdamW")
+    for name in optimizer.importance:
+        optimizer.importance[name] = torch.rand(optimizer.importance[name].shape)
+    other = wrap(copy.deepcopy(net), "AdamW")
+    other.load_state_dict(optimizer.state_dict())
+    assert other.importance.active
+    for name in optimizer.importance:
+        assert torch.equal(other.importance[name], optimizer.importance[name])
+
+
+def test_the_keys_of_a_checkpoint_are_constant_from_the_start(net):
+    optimizer = wrap(net, "AdamW")
+    before = {i: sorted(state) for i, state in optimizer.state_dict()["state"].items()}
+    set_gradients(net.parameters())
+    optimizer.accumulate_importance()
+    optimizer.step()
+    assert {i: sorted(state) for i, state in optimizer.state_dict()["state"].items()} == before
+    assert all("spg_importance" not in state for state in optimizer.inner.state.values())
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(net):
+    optimizer = wrap(net, "AdamW", 0.5)
+    train(net, optimizer)
+    good = copy.deepcopy(optimizer.state_dict())
+    for damage, message in ((torch.full((16, 10), 2.0), "trunk.0.weight.*2.0"), (torch.rand(4), r"trunk.0.weight.*\(4,\)")):
+        bad = copy.deepcopy(good)
+        bad["state"][0]["spg_importance"] = damage
+        bad["state"][0]["exp_avg"].zero_()
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(bad)
+    other = SPGOptimizer(INNER["AdamW"](net.parameters()), heads=[*net.heads, net.trunk[2]])
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[2\].*a head here"):
+        other.load_state_dict(good)
+    after = optimizer.state_dict()
+    assert all(torch.equal(after["state"][i][key], good["state"][i][key]) for i in good["state"] for key in good["state"][i])
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_train_alike_and_apart(net, copier):
+    optimizer = wrap(net, "AdamW", 0.3)
+    train(net, optimizer)
+    twin_net, twin = copier((net, optimizer))
+    before = values(net)
+    train(twin_net, twin)
+    assert equal(values(net), before) and not equal(values(twin_net), before)
+    train(net, optimizer)
+    assert equal(values(net), values(twin_net))
+
+
+def test_a_fresh_optimizer_takes_over_the_importance(net):
+    first = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads)
+    set_gradients(net.parameters())
+    first.accumulate_importance()
+    groups = [{"params": [p]} for p in net.parameters()]
+    second = SPGOptimizer(torch.optim.Adam(groups), heads=net.heads, importance=first.importance)
+    assert second.importance is first.importance and len(second.importance) == 4, "known parameters keep their names"
+
+
+def test_a_new_head_a_task(net):
+    optimizer = wrap(net, "SGD", 1.0)
+    net.heads.append(nn.Linear(16, 3))
+    optimizer.add_param_group({"params": net.heads[-1].parameters(), "lr": 0.5})
+    assert len(optimizer.importance) == 4 and len(optimizer.param_groups) == 2
+    set_gradients(net.parameters())
+    before = net.heads[-1].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(net.heads[-1].weight, before)
+    extra = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [extra]})
+    assert extra in optimizer.importance and optimizer.importance.name_of(extra) == "2.0"
+
+
+def test_replaced_parameters_are_an_error_until_bound(net):
+    optimizer = wrap(net, "SGD", 1.0)
+    for layer in (net.trunk[0], net.trunk[2]):
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    set_gradients(net.parameters())
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[0\] of shape \(16, 10\).*bind"):
+        optimizer.step()
+    optimizer.importance.bind(net.named_parameters())
+    before = values(net)
+    optimizer.step()
+    assert equal(values(net), before)
+
+
+def test_the_model_may_change_dtype_after_it_was_wrapped(net):
+    optimizer = wrap(net, "AdamW", 1.0)
+    net.double()
+    before = values(net)
+    x = torch.randn(4, 10, dtype=torch.float64)
+    optimizer.step(closure_for(net, x))
+    assert equal(values(net), before)
+
+
+def test_a_failing_step_leaves_parameters_as_they_were(net):
+    before = values(net)
+    for inner in ("AdamW", "RMSprop", "LBFGS"):
+        for mask in ("update", "gradient"):
+            optimizer = wrap(net, inner, 0.5, mask=mask)
+            set_gradients(net.parameters())
+            grads = [p.grad for p in net.parameters()]
+
+            def closure():
+                raise RuntimeError("no batch")
+
+            with pytest.raises(RuntimeError, match="no batch"):
+                optimizer.step(closure)
+            assert equal(values(net), before) and all(p.grad is g for p, g in zip(net.parameters(), grads))
+
+
+def test_a_non_finite_gradient_names_its_parameter(net):
+    optimizer = wrap(net, "SGD")
+    set_gradients(net.parameters())
+    net.trunk[2].bias.grad[0] = float("inf")
+    net.heads[0].weight.grad[0] = float("inf")
+    with pytest.raises(NonFiniteGradientError, match="trunk.2.bias") as error:
+        optimizer.accumulate_importance()
+    assert error.value.names == ["trunk.2.bias"] and not optimizer.importance["trunk.2.bias"].any()
+
+
+def test_a_grad_scaler_unscales_before_the_mask(net):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    twin = copy.deepcopy(net)
+    ours, plain = wrap(net, "SGD fused", 0.5, backend="native"), wrap(twin, "SGD fused", 0.5, backend="reference")
+    x = torch.randn(8, 10)
+    loss = net(x, 0).square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(ours)
+    twin(x, 0).square().mean().backward()
+    plain.step()
+    assert all((p - q).abs().max() < 1e-6 for p, q in zip(net.parameters(), twin.parameters()))
+    scaler.update()
+    before = values(net)
+    ours.zero_grad()
+    scaler.scale(net(x * float("inf"), 0).square().mean()).backward()
+    scaler.step(ours)
+    assert equal(values(net), before), "a step with infinite gradients is skipped"
+
+
+def test_names_come_from_the_inner_optimizer_if_it_has_them(net):
+    named = SPGOptimizer(torch.optim.SGD(net.named_parameters(), lr=0.1), heads=net.heads)
+    assert list(named.importance) == ["trunk.0.weight", "trunk.0.bias", "trunk.2.weight", "trunk.2.bias"]
+    assert list(SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=list(net.heads)).importance) == ["0.0", "0.1", "0.2", "0.3"]
+    parameters = [p for head in net.heads for p in head.parameters()]
+    assert len(SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=parameters).importance) == 4
+
+
+def test_arguments_are_checked(net):
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="optimizer.*list"):
+        SPGOptimizer(list(net.parameters()))
+    with pytest.raises(TypeError, match="SPGOptimizer"):
+        SPGOptimizer(SPGOptimizer(inner))
+    with pytest.raises(ValueError, match="mask.*'both'"):
+        SPGOptimizer(inner, mask="both")
+    with pytest.raises(ValueError, match="backend.*'cuda'"):
+        SPGOptimizer(inner, backend="cuda")
+    with pytest.raises(spg_kernels.BackendError, match="triton"):
+        SPGOptimizer(inner, backend="triton")
+    with pytest.raises(TypeError, match="importance.*dict"):
+        SPGOptimizer(inner, importance={})
+    with pytest.raises(ValueError, match="dtype"):
+        SPGOptimizer(inner, importance_dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"heads\[0\]"):
+        SPGOptimizer(inner, heads=["head"])
+    with pytest.raises(ValueError, match=r"named_parameters: param_groups\[0\]\['params'\]\[0\]"):
+        SPGOptimizer(inner, heads=net.heads, named_parameters=net.heads.named_parameters())
+    other = Importance([("trunk.0.weight", torch.zeros(4))])
+    with pytest.raises(ValueError, match=r"trunk.0.weight.*\(4,\)"):
+        SPGOptimizer(inner, heads=net.heads, named_parameters=net.named_parameters(), importance=other)
+    hidden = type("ScheduleFree", (torch.optim.SGD,), {"train": lambda self: None, "eval": lambda self: None})
+    with pytest.raises(ValueError, match="ScheduleFree.*mask='gradient'"):
+        SPGOptimizer(hidden(net.parameters(), lr=0.1))
