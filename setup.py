@@ -7,7 +7,7 @@ from glob import glob
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import CompileError, LinkError, PlatformError
 
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden"]
 
@@ -21,7 +21,7 @@ class BuildLibrary(build_ext):
             extension.extra_compile_args, extension.extra_link_args = FLAGS + openmp, openmp
             try:
                 return super().build_extension(extension)
-            except BaseError as error:
+            except (CompileError, LinkError, PlatformError) as error:
                 failure = error
         if not extension.optional:
             raise failure

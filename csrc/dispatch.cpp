@@ -14,6 +14,7 @@ namespace spg {
 
 // Where the baseline has no fused multiply-add, __builtin_fmaf would be a call into libm.
 #define SPG_FMA(a, b, c) ((a) * (b) + (c))
+#define SPG_FMA64(a, b, c) ((a) * (b) + (c))
 namespace baseline {
 #include "convert.h"
 #include "importance_kernels.h"
@@ -21,9 +22,11 @@ namespace baseline {
 SPG_TABLE("baseline");
 }  // namespace baseline
 #undef SPG_FMA
+#undef SPG_FMA64
 
 #if defined(__x86_64__)
 #define SPG_FMA(a, b, c) __builtin_fmaf(a, b, c)
+#define SPG_FMA64(a, b, c) __builtin_fma(a, b, c)
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -75,6 +78,14 @@ static const Kernels& choose() { return baseline::table; }
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+void decode(const uint8_t* code, int64_t count, float* factor) {
+#if defined(__x86_64__)
+  static const bool permutes = &kernels() == &avx512::table && __builtin_cpu_supports("avx512vbmi");
+  if (permutes) return decode_by_permutation(code, count, factor);
+#endif
+  decode_by_lookup(code, count, factor);
 }
 
 }  // namespace spg

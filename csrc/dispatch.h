@@ -16,11 +16,18 @@ struct Moments {
   double m2;  // sum of squared distances from the chunk's own mean
 };
 
-// z = ((g - first) - mean) * inverse_std
+// z = (g - first) * scale + offset in float64. The tensor's first element is near enough to the mean, no more than sqrt(n)
+// standard deviations away, for this to lose nothing, where g * scale + offset would when mean >> std.
+// z = ((g * power - high) - low) * power_scale in float32, a rounding error in z from it. high + low is mean * power, and the
+// subtraction of high is exact near the mean; the power of two keeps 1e-38 and 1e38 in range.
 struct Standardize {
   double first;
-  double mean;
-  double inverse_std;
+  double scale;   // 1 / std, or 0 where nothing stands out
+  double offset;  // -(mean - first) / std
+  float power;
+  float high;
+  float low;
+  float power_scale;  // 1 / (std * power)
 };
 
 struct Gamma {
@@ -86,5 +93,10 @@ struct Kernels {
 };
 
 const Kernels& kernels();
+
+// The factors 1 - gamma of 8-bit codes; `decode` is the one of the two that this machine runs best.
+void decode_by_lookup(const uint8_t* code, int64_t count, float* factor);
+void decode_by_permutation(const uint8_t* code, int64_t count, float* factor);
+void decode(const uint8_t* code, int64_t count, float* factor);
 
 }  // namespace spg

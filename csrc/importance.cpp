@@ -77,8 +77,12 @@ bool merge(const Work& w, int64_t i, Standardize* z) {
   if (!std::isfinite(m2)) return false;
   // Nothing stands out among equal elements, or in a single one: the importance is 0.
   const bool varies = m2 > 0.0 && w.numel[i] > 1;
-  *z = {kernels().first_element(w.grad_dtype[i], w.grads[i]), mean,
-        varies ? 1.0 / std::sqrt(m2 / double(w.numel[i] - 1)) : 0.0};
+  const double first = kernels().first_element(w.grad_dtype[i], w.grads[i]);
+  const double scale = varies ? 1.0 / std::sqrt(m2 / double(w.numel[i] - 1)) : 0.0;
+  const double power = std::ldexp(1.0, std::min(127, std::max(-126, varies ? std::ilogb(scale) : 0)));
+  const double high = float((first + mean) * power);
+  const double low = (first * power - high) + mean * power;
+  *z = {first, scale, -mean * scale, float(power), float(high), float(low), float(scale / power)};
   return true;
 }
 
@@ -105,7 +109,7 @@ void apply(const Work& w, const Group& group, int64_t share_begin, int64_t share
     Standardize z;
     const bool finite = merge(w, i, &z);
     if (range.begin == 0) w.finite[i] = finite;
-    if (!finite || z.inverse_std == 0.0) continue;
+    if (!finite || z.scale == 0.0) continue;
     for (int64_t c = range.end - 1; c >= range.begin; c--) {
       kernels().fold(w.gamma_dtype[i], w.gammas[i], w.grad_dtype[i], w.grads[i], z, c * kChunk, w.chunk_end(i, c));
     }

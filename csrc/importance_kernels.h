@@ -19,13 +19,13 @@ static inline void add_moments(const float* __restrict x, int64_t count, double 
     for (int lane = 0; lane < kLanes; lane++) {
       const double d = double(x[i + lane]) - shift;
       s[lane] += d;
-      q[lane] += d * d;
+      q[lane] = SPG_FMA64(d, d, q[lane]);
     }
   }
   for (int64_t i = whole; i < count; i++) {
     const double d = double(x[i]) - shift;
     s[i - whole] += d;
-    q[i - whole] += d * d;
+    q[i - whole] = SPG_FMA64(d, d, q[i - whole]);
   }
   for (int lane = 0; lane < kLanes; lane++) sum[lane] = s[lane], square[lane] = q[lane];
 }
@@ -48,38 +48,40 @@ static Moments moments(int32_t dtype, const void* grad, double first, int64_t be
   return {(shift - first) + mean, square[0] - sum[0] * mean};
 }
 
-// tanh(x) = x P(x^2) / Q(x^2) for x >= 0, fitted to 2.1e-8 relative on [0, 9.02], where float32's tanh becomes 1.
-// All coefficients are positive, so nothing cancels.
-static inline float tanh_of(float x) {
-  const float t = x < 9.02f ? x : 9.02f;
-  const float y = t * t;
-  float p = SPG_FMA(1.33199094675e-8f, y, 2.05841576983e-5f);
-  p = SPG_FMA(p, y, 0.00349407898398f);
-  p = SPG_FMA(p, y, 0.13379756538f);
-  p = SPG_FMA(p, y, 0.999999979307f);
-  float q = SPG_FMA(7.7623831919e-7f, y, 0.000328316311277f);
-  q = SPG_FMA(q, y, 0.0258712458347f);
-  q = SPG_FMA(q, y, 0.467130718601f);
-  q = SPG_FMA(q, y, 1.0f);
-  const float r = t * p / q;
+// tanh(y / 2) = (exp(y) - 1) / (exp(y) + 1) for y >= 0. With y = n ln 2 + u, exp(y) = 2^n (1 + u P(u)); divided by 2^n,
+// with s = 2^-n, both are sums that lose nothing: for small y, n = 0 and the numerator is u P(u) itself.
+// At 18.714, 27 ln 2, n is 27 and u is next to 0: from there on, exactly 1.
+static inline float tanh_of_half(float twice) {
+  const float y = twice < 18.714f ? twice : 18.714f;
+  const float shifted = SPG_FMA(y, 1.44269504f, 12582912.0f);  // 1.5 * 2^23 puts n, rounded, into the low bits
+  const float n = shifted - 12582912.0f;
+  float u = SPG_FMA(n, -0.693359375f, y);  // ln 2 in two parts; n times the first is exact
+  u = SPG_FMA(n, 2.12194440e-4f, u);
+  float p = SPG_FMA(0.00139338205f, u, 0.00836929217f);
+  p = SPG_FMA(p, u, 0.0416664634f);
+  p = SPG_FMA(p, u, 0.16666504f);
+  p = SPG_FMA(p, u, 0.500000001f);
+  p = SPG_FMA(p, u, 1.00000001f);
+  const float s = float_of(0x3f800000u - (bits_of(shifted) << 23));
+  const float r = SPG_FMA(p, u, 1.0f - s) / (1.0f + SPG_FMA(p, u, s));
   return r < 1.0f ? r : 1.0f;
 }
 
 static inline void fold_value(float* __restrict gamma, const float* __restrict g, const Standardize& z, int64_t count) {
-  const double first = z.first, mean = z.mean, inverse_std = z.inverse_std;
+  const float power = z.power, high = z.high, low = z.low, scale = 2.0f * z.power_scale;
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) {
-    const float a = tanh_of(std::fabs(float(((double(g[i]) - first) - mean) * inverse_std)));
+    const float a = tanh_of_half(std::fabs(((g[i] * power - high) - low) * scale));
     gamma[i] = a > gamma[i] ? a : gamma[i];
   }
 }
 
 // The product is rounded to float32 before it is rounded up: a |z| that is a code in exact arithmetic stays that code.
 static inline void fold_code(uint8_t* __restrict gamma, const float* __restrict g, const Standardize& z, int64_t count) {
-  const double first = z.first, mean = z.mean, inverse_std = 28.0 * z.inverse_std;
+  const double first = z.first, scale = 28.0 * z.scale, offset = 28.0 * z.offset;
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) {
-    float scaled = std::fabs(float(((double(g[i]) - first) - mean) * inverse_std));
+    float scaled = std::fabs(float(SPG_FMA64(double(g[i]) - first, scale, offset)));
     scaled = scaled < 255.0f ? scaled : 255.0f;
     const int32_t floor = int32_t(scaled);
     const int32_t code = floor + (scaled > float(floor));

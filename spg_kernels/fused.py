@@ -47,7 +47,7 @@ def _sgd(inner: SGD, group: dict, gamma_of: Callable) -> list[ops.Call]:
     settings = {key: group[key] for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
     if not buffers:
         return [ops.Call("masked_sgd_", (params, grads, gammas, []), settings)]
-    if None not in buffers:
+    if all(buffer is not None for buffer in buffers):  # `in` would compare tensors
         return [ops.Call("masked_sgd_", (params, grads, gammas, buffers), settings)]
     calls = []
     for is_first_step in (True, False):

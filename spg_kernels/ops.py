@@ -122,11 +122,16 @@ _LIBRARY = torch.library.Library("spg_kernels", "DEF")
 
 
 def _run(op: str, lists: tuple[list[Tensor], ...], kwargs: dict, backend: str):
-    """Run `op` now, and tell autograd what was written: kernels write through raw pointers, which it cannot see."""
+    """Run `op` now, and tell autograd what was written."""
     with torch.no_grad():
         result = _execute(op, lists, kwargs, backend)
-    torch.autograd.graph.increment_version([t for i in _MUTATED[op] for t in lists[i] if not t.is_inference()])
+    _tell_autograd(op, lists)
     return result
+
+
+def _tell_autograd(op: str, lists: tuple[list[Tensor], ...]) -> None:
+    # Kernels write through raw pointers, which it cannot see.
+    torch.autograd.graph.increment_version([t for i in _MUTATED[op] for t in lists[i] if not t.is_inference()])
 
 
 def _call(op: str, *lists: list[Tensor], backend: str, **kwargs):
@@ -147,16 +152,22 @@ class Call(NamedTuple):
 def try_calls(calls: list[Call], common: dict, backend: str) -> bool:
     """Run every call on the fused backend, or none: False where there is none, or where it cannot take some tensor."""
     calls = [call for call in calls if call.lists[0]]
-    if not torch.compiler.is_compiling():
-        for op, lists, _ in calls:
-            chosen = resolve(backend, lists[0][0].device.type)
-            refused = {0: "there is no fused backend"} if chosen is reference else chosen.refusals(op, lists)
-            if refused:
-                index, reason = next(iter(refused.items()))
-                log.debug("%s: the generic step instead, because tensor %d of %d %s", op, index, len(lists[0]), reason)
-                return False
-    for op, lists, settings in calls:
-        _call(op, *lists, backend=backend, **settings, **common)
+    if torch.compiler.is_compiling():
+        for op, lists, settings in calls:
+            _call(op, *lists, backend=backend, **settings, **common)
+        return True
+    chosen = []
+    for op, lists, _ in calls:
+        chosen.append(resolve(backend, lists[0][0].device.type))
+        if chosen[-1] is reference:
+            return False
+        if refused := chosen[-1].refusals(op, lists):
+            index, reason = next(iter(refused.items()))
+            log.debug("%s: the generic step instead, because tensor %d of %d %s", op, index, len(lists[0]), reason)
+            return False
+    for module, (op, lists, settings) in zip(chosen, calls):
+        getattr(module, op)(*lists, **settings, **common)
+        _tell_autograd(op, lists)
     return True
 
 

@@ -67,7 +67,7 @@ def closure_for(net, x):
 
 def train(net, optimizer, steps=3, seed=0):
     x = torch.randn(8, 10, generator=torch.Generator().manual_seed(seed))
-    return [float(optimizer.step(closure_for(net, x))) for _ in range(steps)]
+    return [float(optimizer.step(closure_for(net, x)).detach()) for _ in range(steps)]
 
 
 def values(net):

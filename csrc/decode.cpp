@@ -1,0 +1,67 @@
+// The factors 1 - gamma of 8-bit codes, from a table of the 256 correctly rounded values: the same bits on every machine.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "dispatch.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace spg {
+namespace {
+
+struct Table {
+  float factor[256];
+  alignas(64) uint8_t plane[4][256];  // byte k of every factor
+
+  Table() {
+    for (int code = 0; code < 256; code++) {
+      // tanh(code / 28) is 1 in float32 from 253 on.
+      factor[code] = code < 253 ? float(2.0 / (1.0 + std::exp(code / 14.0))) : 0.0f;
+      uint8_t bytes[4];
+      std::memcpy(bytes, &factor[code], 4);
+      for (int k = 0; k < 4; k++) plane[k][code] = bytes[k];
+    }
+  }
+};
+
+const Table table;
+
+}  // namespace
+
+void decode_by_lookup(const uint8_t* code, int64_t count, float* factor) {
+  for (int64_t i = 0; i < count; i++) factor[i] = table.factor[code[i]];
+}
+
+#if defined(__x86_64__)
+// Looks up a byte plane of 64 codes at once: two 128-entry permutations, and the codes' top bits choose between them.
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) static inline __m512i lookup(const uint8_t* plane, __m512i codes) {
+  const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(plane), codes, _mm512_load_si512(plane + 64));
+  const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(plane + 128), codes, _mm512_load_si512(plane + 192));
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
+}
+
+// Intrinsics, where all else is plain loops: a gather, the compiler's way, is five times as slow, and slower than memory.
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) void decode_by_permutation(const uint8_t* code, int64_t count,
+                                                                                  float* factor) {
+  // Unpacking works within 128-bit lanes; transposing the 4 x 4 words of codes first brings the factors out in order.
+  const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const int64_t whole = count / 64 * 64;
+  for (int64_t i = 0; i < whole; i += 64) {
+    const __m512i codes = _mm512_maskz_permutexvar_epi32(0xffff, transpose, _mm512_loadu_si512(code + i));
+    const __m512i byte0 = lookup(table.plane[0], codes), byte1 = lookup(table.plane[1], codes);
+    const __m512i byte2 = lookup(table.plane[2], codes), byte3 = lookup(table.plane[3], codes);
+    const __m512i low01 = _mm512_unpacklo_epi8(byte0, byte1), high01 = _mm512_unpackhi_epi8(byte0, byte1);
+    const __m512i low23 = _mm512_unpacklo_epi8(byte2, byte3), high23 = _mm512_unpackhi_epi8(byte2, byte3);
+    _mm512_storeu_si512(factor + i, _mm512_unpacklo_epi16(low01, low23));
+    _mm512_storeu_si512(factor + i + 16, _mm512_unpackhi_epi16(low01, low23));
+    _mm512_storeu_si512(factor + i + 32, _mm512_unpacklo_epi16(high01, high23));
+    _mm512_storeu_si512(factor + i + 48, _mm512_unpackhi_epi16(high01, high23));
+  }
+  decode_by_lookup(code + whole, count - whole, factor + whole);
+}
+#endif
+
+}  // namespace spg

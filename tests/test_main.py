@@ -1,0 +1,30 @@
+"""`python -m spg_kernels`: what runs here, and why not what does not."""
+
+import os
+import subprocess
+import sys
+
+import spg_kernels
+
+
+def run(**environment: str) -> str:
+    command = [sys.executable, "-m", "spg_kernels"]
+    environment = {**os.environ, "COLUMNS": "200", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def row(output: str, backend: str) -> str:
+    return next(line for line in output.splitlines() if backend in line)
+
+
+def test_every_backend_is_named_with_whether_it_runs_and_why_not():
+    output = run()
+    assert spg_kernels.__version__ in output
+    assert " yes " in row(output, "native") and "threads" in row(output, "native")
+    assert " yes " in row(output, "reference")
+    reason = spg_kernels.ops.why_unavailable("triton")
+    assert (" no " in row(output, "triton") and reason[:30] in row(output, "triton")) if reason else " yes " in row(output, "triton")
+
+
+def test_the_instruction_set_can_be_capped():
+    assert "baseline" in row(run(SPG_CPU_CAPABILITY="baseline"), "native")

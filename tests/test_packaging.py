@@ -1,0 +1,69 @@
+"""The wheel: built with setuptools alone, one for every Python and torch, and still whole without a compiler."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def build_wheel(directory: Path, **environment: str) -> tuple[Path | None, str]:
+    """The wheel built from a copy of the tracked sources, and what the build printed."""
+    sources = directory / "sources"
+    sources.mkdir()
+    names = [p for p in (*ROOT.glob("*"), ROOT / ".gitignore") if p.name in
+             {"spg_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"}]
+    subprocess.run(["cp", "-r", *names, sources], check=True)
+    for library in sources.rglob("*.so"):
+        library.unlink()
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", directory, sources]
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    wheels = list(directory.glob("*.whl"))
+    return (wheels[0] if wheels else None), result.stdout + result.stderr
+
+
+def test_one_wheel_serves_every_python_and_torch(tmp_path):
+    wheel, output = build_wheel(tmp_path, SPG_REQUIRE_NATIVE="1")
+    assert wheel, output
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "spg_kernels/backends/libspg_kernels.so" in names and "spg_kernels/backends/triton/__init__.py" in names
+    assert any(name.endswith("LICENSE") for name in names) and not any(name.startswith("tests") for name in names)
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "installed"], check=True)
+    library = tmp_path / "installed/spg_kernels/backends/libspg_kernels.so"
+    linked = subprocess.run(["ldd", library], capture_output=True, text=True).stdout
+    assert "libstdc++" in linked and "torch" not in linked and "libpython" not in linked
+
+
+def test_without_a_compiler_the_install_succeeds_with_one_warning_and_the_reference_serves(tmp_path):
+    wheel, output = build_wheel(tmp_path, CC="false", CXX="false", SPG_REQUIRE_NATIVE="")
+    assert wheel, output
+    assert output.count("csrc/ did not compile") == 1, output
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "installed"], check=True)
+    check = ("import torch, spg_kernels; from spg_kernels import ops; print(ops.resolve('auto', 'cpu').__name__, "
+             "spg_kernels.importance(torch.randn(9)).shape, ops.why_unavailable('native'))")
+    result = subprocess.run([sys.executable, "-c", check], env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+                            capture_output=True, text=True, cwd=tmp_path)
+    assert "spg_kernels.reference torch.Size([9])" in result.stdout and "was not built" in result.stdout, result.stderr
+
+
+def test_a_compiler_that_fails_is_an_error_where_native_is_required(tmp_path):
+    wheel, output = build_wheel(tmp_path, CC="false", CXX="false", SPG_REQUIRE_NATIVE="1")
+    assert wheel is None and "error" in output
+
+
+@pytest.mark.parametrize("package", ["triton", "matplotlib", "sklearn"])
+def test_importing_the_package_imports_no_extra(package):
+    check = f"import sys, spg_kernels; assert {package!r} not in sys.modules; print('fine')"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT).stdout == "fine\n"
+
+
+def test_setup_is_short_and_csrc_knows_neither_torch_nor_python():
+    assert len((ROOT / "setup.py").read_text().splitlines()) < 80
+    for file in (ROOT / "csrc").iterdir():
+        text = file.read_text()
+        assert "torch/" not in text and "ATen" not in text and "Python.h" not in text, file
