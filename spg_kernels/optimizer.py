@@ -265,18 +265,15 @@ class SPGOptimizer(Optimizer):
         _initialize_state(self.inner)
         state_dict = self.inner.state_dict()
         state_dict["state"] = {**state_dict["state"], **{
-            i: {**state_dict["state"].get(i, {}), KEY: self._stored_gamma(p)} for i, p in self._indexed().items()}}
+            i: {**state_dict["state"].get(i, {}), KEY: self._stored_gamma(p)} for i, p in self._by_key(state_dict).items()}}
         for hook in self._optimizer_state_dict_post_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
         return state_dict
 
-    def _indexed(self) -> dict[int, Tensor]:
-        """The parameters by their index in a state dict: their first place in the groups."""
-        first_places: dict[int, tuple[int, Tensor]] = {}
-        for place, parameter in enumerate(self._parameters()):
-            first_places.setdefault(id(parameter), (place, parameter))
-        return dict(first_places.values())
+    def _by_key(self, state_dict: dict) -> dict[int | str, Tensor]:
+        """The parameters by what the groups of a state dict call them: a number or, torch.distributed.checkpoint, a name."""
+        return dict(zip((key for group in state_dict["param_groups"] for key in group["params"]), self._parameters()))
 
     def _stored_gamma(self, parameter: Tensor) -> Tensor:
         gamma = self.importance.gamma(parameter)
@@ -294,16 +291,16 @@ class SPGOptimizer(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        indexed = self._indexed()
+        saved = self._by_key(state_dict)
         gammas, inner_state = {}, {}
         for i, state in state_dict["state"].items():
             inner_state[i] = {key: value for key, value in state.items() if key != KEY} if isinstance(state, dict) else state
-            if i in indexed and KEY in state:
-                name = self.importance.name_of(indexed[i])
+            if i in saved and KEY in state:
+                name = self.importance.name_of(saved[i])
                 if name is not None:
                     gammas[name] = state[KEY]
                 elif state[KEY].dim():
-                    raise ValueError(f"{self._slot_of(indexed[i])} has an importance in this checkpoint but is a head here")
+                    raise ValueError(f"{self._slot_of(saved[i])} has an importance in this checkpoint but is a head here")
             if not inner_state[i]:
                 del inner_state[i]  # it held the importance alone
         self.importance.check(gammas)

@@ -7,7 +7,9 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -350,6 +352,25 @@ def test_the_importance_survives_a_checkpoint_exactly(net):
     assert other.importance.active
     for name in optimizer.importance:
         assert torch.equal(other.importance[name], optimizer.importance[name])
+
+
+@pytest.mark.parametrize("inner", ["SGD", "SGD momentum", "AdamW"])
+def test_torch_distributed_checkpoint_saves_and_loads_by_name(net, inner, tmp_path):
+    optimizer = wrap(net, inner)
+    set_gradients(net.parameters())
+    optimizer.accumulate_importance()
+    optimizer.step()
+    dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=tmp_path, no_dist=True)
+    twin = copy.deepcopy(net)
+    resumed = wrap(twin, inner)
+    state = get_optimizer_state_dict(twin, resumed)
+    assert equal(values(twin), values(net)), "no hidden step moves a parameter"
+    dcp.load({"optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(twin, resumed, optim_state_dict=state)
+    for model, opt in ((net, optimizer), (twin, resumed)):
+        set_gradients(model.parameters(), seed=7)
+        opt.step()
+    assert equal(values(twin), values(net))
 
 
 def test_the_keys_of_a_checkpoint_are_constant_from_the_start(net):
