@@ -31,7 +31,7 @@ int64_t cut(int64_t position, int64_t before, int64_t numel) {
 template <class Body>
 void for_each_span(int64_t n, const int64_t* numel, int32_t threads, const Body& body) {
   const int64_t total = total_elements(n, numel);
-  const int team = threads_for(total, threads);
+  [[maybe_unused]] const int team = threads_for(total, threads);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     const int rank = team_rank(), size = team_size();

@@ -117,7 +117,7 @@ void apply(const Work& w, const Group& group, int64_t share_begin, int64_t share
 }
 
 void accumulate(Work& w, int32_t threads) {
-  const int team = threads_for(total_elements(w.n, w.numel), threads);
+  [[maybe_unused]] const int team = threads_for(total_elements(w.n, w.numel), threads);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     const int rank = team_rank(), size = team_size();

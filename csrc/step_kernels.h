@@ -9,7 +9,7 @@ static inline float select(uint32_t mask, float yes, float no) {
   return float_of((bits_of(yes) & mask) | (bits_of(no) & ~mask));
 }
 
-// The factor f = 1 - gamma of element i, one type for each way gamma is stored.
+// The factor f = 1 - gamma of element i of a block, one type for each way gamma comes.
 struct FactorOfValue {
   const float* gamma;
   inline float operator()(int64_t i) const { return 1.0f - gamma[i]; }
