@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 .PHONY: demo test clean
 
 demo: $(VENV)/installed
-	$(RUN) examples/split_images.py
+	$(RUN) examples/split_images.py --out split-images
 
 test: $(VENV)/installed
 	$(RUN) -m spg_kernels
