@@ -10,11 +10,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m spg_kernels
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest -n auto --maxprocesses 8 tests
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo,test]'
+	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo,test,triton]'
 	touch $@
 
 clean:

@@ -23,7 +23,7 @@ def takes(inner: Optimizer) -> bool:
 
 def _has_plain_settings(group: dict) -> bool:
     scalars = [group["weight_decay"], *group.get("betas", ())]
-    return not (group["differentiable"] or group.get("capturable") or any(isinstance(x, Tensor) for x in scalars))
+    return not (group["differentiable"] or any(isinstance(x, Tensor) for x in scalars))
 
 
 @torch.no_grad()

@@ -73,6 +73,7 @@ class Importance(Mapping):
         self._parameters: dict[str, Tensor] = {}
         self._names: dict[int, str] = {}
         self._means: dict[torch.device, Tensor] = {}
+        self._means_are_stale = False
         for name, parameter in named_parameters:
             self.add(name, parameter)
 
@@ -94,7 +95,7 @@ class Importance(Mapping):
             del self._names[id(self._parameters[name])]
         self._parameters[name] = parameter
         self._names[id(parameter)] = name
-        self._means.clear()
+        self._means_are_stale = True
 
     def bind(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Attach new Parameter objects under the names known here (after `fully_shard`, `to_empty`, a reload).
@@ -122,7 +123,7 @@ class Importance(Mapping):
         gamma = self._gammas[name]
         if gamma.device != parameter.device:  # the model was moved after it was wrapped
             gamma = self._gammas[name] = _placed(gamma, parameter)
-            self._means.clear()
+            self._means_are_stale = True
         return gamma
 
     def _key(self, key: str | Tensor) -> str:
@@ -168,7 +169,7 @@ class Importance(Mapping):
         try:
             ops.fold([self.gamma(p) for p in folded.values()], [p.grad for p in folded.values()], list(folded), backend)
         finally:
-            self._means.clear()
+            self._means_are_stale = True
 
     def mean(self) -> Tensor:
         """The mean of gamma over all elements of all trunk tensors, a 0-d float32 tensor: heads are scaled by 1 - mean."""
@@ -176,7 +177,11 @@ class Importance(Mapping):
         return self.mean_on(device).clone()
 
     def mean_on(self, device: torch.device) -> Tensor:
-        """`mean()` on `device`, kept until gamma changes."""
+        """`mean()` on `device`. One tensor for good, brought up to date in place: a captured CUDA graph keeps its address."""
+        if self._means_are_stale:
+            for kept in self._means.values():
+                kept.copy_(ops.mean_gamma(list(self._gammas.values()), kept.device))
+            self._means_are_stale = False
         if device not in self._means:
             self._means[device] = ops.mean_gamma(list(self._gammas.values()), device)
         return self._means[device]
@@ -215,7 +220,7 @@ class Importance(Mapping):
         for name, value in self.check(values).items():
             self._gammas[name].copy_(value)
             self.active = self.active or bool(value.any())
-        self._means.clear()
+        self._means_are_stale = True
 
     def state_dict(self) -> dict:
         """{"version", "tasks", "gammas": {name: tensor as stored}}."""

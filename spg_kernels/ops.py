@@ -131,13 +131,15 @@ def _run(op: str, lists: tuple[list[Tensor], ...], kwargs: dict, backend: str):
 
 def _tell_autograd(op: str, lists: tuple[list[Tensor], ...]) -> None:
     # Kernels write through raw pointers, which it cannot see.
-    torch.autograd.graph.increment_version([t for i in _MUTATED[op] for t in lists[i] if not t.is_inference()])
+    torch.autograd.graph.increment_version([t for i in _MUTATED[op] for t in lists[i]])
 
 
 def _call(op: str, *lists: list[Tensor], backend: str, **kwargs):
     """Run `op`, through torch's dispatcher only where somebody traces it: with long lists the way there costs more than a step."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return getattr(torch.ops.spg_kernels, op)(*lists, backend=backend, **kwargs)
+        # Named, or a tensor lr would become a float, which on a GPU is a synchronization.
+        overload = "tensor_lr" if isinstance(kwargs.get("lr"), Tensor) else "default"
+        return getattr(getattr(torch.ops.spg_kernels, op), overload)(*lists, backend=backend, **kwargs)
     return _run(op, lists, kwargs, backend)
 
 

@@ -54,7 +54,7 @@ def code_table() -> tuple[Tensor, Tensor]:
 
     The two agree on what is frozen: the second is 0 exactly where the first rounds to 1 (codes 253 and up).
     """
-    z = torch.arange(256, dtype=torch.float64) / CODE_SCALE
+    z = torch.arange(256, dtype=torch.float64, device="cpu") / CODE_SCALE
     gamma = z.tanh().float()
     return gamma, (2 / (1 + (2 * z).exp())).float().where(gamma < 1, 0.0)
 
@@ -71,7 +71,7 @@ def decode(code: Tensor) -> Tensor:
 
 def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
     """gamma <- max(gamma, a), in place. Returns a bool per tensor: False where a gradient is not finite, gamma untouched."""
-    finite = torch.ones(len(grads), dtype=torch.bool)
+    finite = torch.ones(len(grads), dtype=torch.bool, device="cpu")
     for i, (gamma, grad) in enumerate(zip(gammas, grads, strict=True)):
         z = _standing_out(grad)
         finite[i] = bool(z.isfinite().all())
@@ -83,6 +83,7 @@ def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
 
 def mean_gamma(gammas: list[Tensor], device: torch.device | None = None) -> Tensor:
     """The mean over all elements of all trunk tensors, 0-d float32 on `device`; heads are scaled by one minus it."""
+    device = device or (gammas[0].device if gammas else "cpu")
     total = torch.zeros((), dtype=torch.float64, device=device)
     for gamma in gammas:
         # In pieces: a float64 copy of a whole embedding would be the largest tensor of the process.

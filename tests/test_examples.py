@@ -54,7 +54,7 @@ def test_idx_files_are_read_compressed_or_not(tmp_path, images, compress):
     (idx(np.zeros((2, 2, 2), np.uint8)) + b"x", "announces 8 bytes.*has more"),
     (struct.pack(">BBBB3I", 0, 0, 8, 3, 2**31, 2**31, 2**31), "has 0"),
     (gzip.compress(idx(np.zeros((2, 2, 2), np.uint8)))[:-9], "cannot be read|announces"),
-])
+], ids=["empty", "another format", "floats", "labels for images", "cut off", "too long", "absurd header", "cut off in gzip"])
 def test_a_damaged_idx_file_says_what_is_wrong(tmp_path, content, message):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(DataError, match=message):

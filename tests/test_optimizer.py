@@ -458,6 +458,17 @@ def test_the_model_may_change_dtype_after_it_was_wrapped(net):
     assert equal(values(net), before)
 
 
+def test_another_default_device_is_nobody_elses_business(net):
+    optimizer = wrap(net, "AdamW", importance_dtype=torch.uint8)
+    with torch.device("meta"):
+        for p in net.parameters():
+            p.grad = torch.ones(p.shape, device="cpu").cumsum(0)
+        optimizer.accumulate_importance()
+        optimizer.step()
+        optimizer.importance.summary()
+    assert optimizer.importance.mean() > 0
+
+
 def test_a_failing_step_leaves_parameters_as_they_were(net):
     before = values(net)
     for inner in ("AdamW", "RMSprop", "LBFGS"):

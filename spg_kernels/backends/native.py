@@ -170,7 +170,7 @@ def _invoke(function: str, tensors: list[Tensor], arrays: list[array | Tensor], 
 
 
 def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
-    finite = torch.empty(len(grads), dtype=torch.bool)
+    finite = torch.empty(len(grads), dtype=torch.bool, device="cpu")
     _invoke("spg_accumulate_importance", grads,
             [_codes(gammas), _pointers(gammas), _codes(grads), _pointers(grads), finite])
     return finite
