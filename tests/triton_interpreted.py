@@ -9,6 +9,7 @@ import torch
 
 import spg_kernels
 from spg_kernels import ops, reference
+from spg_kernels.backends import plans as backend_plans
 from spg_kernels.backends.triton import elementwise, launch, plans, steps
 
 # What every backend is held to, with `backend` below.
@@ -137,9 +138,9 @@ def test_changed_tensors_of_the_same_lists_are_looked_at_again():
 @pytest.mark.parametrize("public_only", [False, True])
 def test_a_plan_holds_for_tensors_like_its_own_and_for_no_others(monkeypatch, public_only):
     if public_only:
-        monkeypatch.setattr(plans, "TensorGuards", None)
+        monkeypatch.setattr(backend_plans, "TensorGuards", None)
     square = torch.randn(4, 4)
-    holds = plans._guard([square, torch.zeros(())])
+    holds = backend_plans._guard([square, torch.zeros(())])
     assert holds([torch.zeros(4, 4), torch.ones(())])
     others = [square.double(), square.to(torch.float16), square.t(), square.flatten(), square[:3], square.to("meta"),
               torch.nn.Parameter(square), torch.zeros(4, 8)[:, :4], square.to_sparse()]
@@ -151,7 +152,7 @@ def test_steady_state_makes_no_new_table(monkeypatch):
     lists = inputs("masked_adamw_", torch.float32, torch.float32, "8-bit", [(40, 30), (7,), (3, 5)])
     spg_kernels.masked_adamw_(*lists, lr=0.1, backend="triton")
     monkeypatch.setattr(launch, "_upload", lambda *_: pytest.fail("a table was made"))
-    monkeypatch.setattr(plans, "Plan", lambda *_: pytest.fail("tensors were looked at"))
+    monkeypatch.setattr(backend_plans, "Plan", lambda *_: pytest.fail("tensors were looked at"))
     for lr in (0.1, 0.2):
         spg_kernels.masked_adamw_(*lists, lr=lr, backend="triton")
 
