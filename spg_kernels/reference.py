@@ -1,9 +1,6 @@
-"""SPG in plain PyTorch: the specification of every kernel in this package, and the fallback.
-
-The functions follow T. Konishi et al., "Parameter-Level Soft-Masking for Continual Learning", ICML 2023
-(PMLR 202:17492-17505), in the paper's order: standardize, importance, accumulate over tasks, soft mask, optimizer step.
-Arithmetic happens in `opmath` (float32 for half precision, the tensor's own dtype otherwise), statistics in float64.
-"""
+"""SPG in plain PyTorch: the specification of every kernel in this package, and the fallback. In the order of T. Konishi
+et al., "Parameter-Level Soft-Masking for Continual Learning", ICML 2023 (PMLR 202:17492-17505): standardize, importance,
+accumulate over tasks, soft mask, optimizer step. Statistics are float64, the rest is `opmath`: float32 or wider."""
 
 import torch
 from torch import Tensor
@@ -18,8 +15,7 @@ def standardize(grad: Tensor) -> Tensor:
     x = grad.double()
     if x.numel() < 2:
         return x - x
-    # z does not change under shift and scale. The shift makes a constant gradient exactly zero and keeps the digits of a
-    # small spread around a large mean; the scale keeps the squares of float64 gradients in range.
+    # z keeps under shift and scale: a constant becomes exactly 0, a small spread keeps its digits, squares stay in range.
     x = x - x.flatten()[0]
     largest = x.abs().max()
     if largest == 0:
@@ -29,31 +25,20 @@ def standardize(grad: Tensor) -> Tensor:
 
 
 def importance(grad: Tensor) -> Tensor:
-    """a = |tanh(z)|, float32, of `grad`'s shape, in [0, 1]. NaN throughout if `grad` holds an inf or a NaN.
-
-    A complex gradient is standardized over its real and imaginary parts; an element is as important as the larger one.
-    """
+    """a = |tanh(z)|, float32, of `grad`'s shape, in [0, 1]. NaN throughout if `grad` holds an inf or a NaN."""
     return _standing_out(grad).tanh().float()
 
 
 def _standing_out(grad: Tensor) -> Tensor:
     """|z| as float64, dense and of `grad`'s shape."""
     grad = grad.to_dense() if grad.layout != torch.strided else grad
-    if grad.is_complex():
+    if grad.is_complex():  # standardized over both parts; an element stands out as the larger one does
         return standardize(torch.view_as_real(grad.resolve_conj())).abs().amax(-1)
     return standardize(grad).abs()
 
 
-def encode(z: Tensor) -> Tensor:
-    """The 8-bit code of |z|."""
-    return (z.abs() * CODE_SCALE).ceil().clamp(max=255).to(torch.uint8)
-
-
 def code_table() -> tuple[Tensor, Tensor]:
-    """(gamma, 1 - gamma) of the 256 codes, float32: tanh(z) and 2 / (1 + exp(2z)) at z = code / 28.
-
-    The two agree on what is frozen: the second is 0 exactly where the first rounds to 1 (codes 253 and up).
-    """
+    """(gamma, 1 - gamma) of the 256 codes, float32: tanh(z) and 2 / (1 + exp(2z)) at z = code / 28; 0 where gamma rounds to 1."""
     z = torch.arange(256, dtype=torch.float64, device="cpu") / CODE_SCALE
     gamma = z.tanh().float()
     return gamma, (2 / (1 + (2 * z).exp())).float().where(gamma < 1, 0.0)
@@ -76,20 +61,16 @@ def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
         z = _standing_out(grad)
         finite[i] = bool(z.isfinite().all())
         if finite[i]:
-            new = encode(z) if gamma.dtype == torch.uint8 else z.tanh().float()
-            gamma.copy_(torch.maximum(gamma, new))
+            a = (z * CODE_SCALE).ceil().clamp(max=255).to(torch.uint8) if gamma.dtype == torch.uint8 else z.tanh().float()
+            gamma.copy_(torch.maximum(gamma, a))
     return finite.to(grads[0].device) if grads else finite
 
 
 def mean_gamma(gammas: list[Tensor], device: torch.device | None = None) -> Tensor:
-    """The mean over all elements of all trunk tensors, 0-d float32 on `device`; heads are scaled by one minus it."""
-    device = device or (gammas[0].device if gammas else "cpu")
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for gamma in gammas:
-        # In pieces: a float64 copy of a whole embedding would be the largest tensor of the process.
-        for piece in gamma.flatten().split(1 << 20):
-            piece = decode(piece) if piece.dtype == torch.uint8 else piece
-            total += piece.to(torch.float64).sum().to(total.device)
+    """The mean over all elements of all trunk tensors, 0-d float32; heads are scaled by one minus it. In small pieces."""
+    total = torch.zeros((), dtype=torch.float64, device=device or (gammas[0].device if gammas else "cpu"))
+    for piece in (piece for gamma in gammas for piece in gamma.flatten().split(1 << 20)):
+        total += (decode(piece) if piece.dtype == torch.uint8 else piece).double().sum().to(total.device)
     return (total / max(1, sum(gamma.numel() for gamma in gammas))).float()
 
 
@@ -148,18 +129,14 @@ def masked_sgd_(params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, da
 
 def masked_adamw_(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *, lr, beta1=0.9, beta2=0.999,
                   eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False, mask="update") -> None:
-    """One step of torch.optim.AdamW (`decoupled`) or Adam under the soft mask, in place; the steps are incremented.
-
-    `max_exp_avg_sqs` is empty without amsgrad; `state_steps` holds one float32 scalar a parameter, as torch keeps it.
-    """
+    """One step of torch.optim.AdamW (`decoupled`) or Adam under the soft mask, in place; without amsgrad no `max_exp_avg_sqs`."""
     for i, (param, grad, gamma) in enumerate(zip(params, grads, gammas, strict=True)):
         old = param.to(opmath(param))
         grad = (-grad if maximize else grad).to(old.dtype)
         grad = scale(grad, gamma) if mask == "gradient" else grad
         new = old * (1 - lr * weight_decay) if decoupled else old
         grad = grad if decoupled else grad + weight_decay * old
-        state_steps[i] += 1
-        step = float(state_steps[i])
+        step = float(state_steps[i].add_(1))
         exp_avg = exp_avgs[i] + (1 - beta1) * (grad - exp_avgs[i])
         exp_avg_sq = beta2 * exp_avg_sqs[i].to(old.dtype) + (1 - beta2) * grad * grad
         exp_avgs[i].copy_(exp_avg)

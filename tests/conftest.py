@@ -3,6 +3,8 @@ import torch
 
 from spg_kernels import ops
 
+from .models import Net
+
 
 @pytest.fixture(params=["reference", "native"])
 def backend(request):
@@ -15,3 +17,8 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def _same_numbers_every_run():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def net():
+    return Net()

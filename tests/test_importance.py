@@ -13,11 +13,6 @@ from spg_kernels import Importance, NonFiniteGradientError, SPGOptimizer, cross_
 from .models import Net, set_gradients, tasks
 
 
-@pytest.fixture
-def net():
-    return Net()
-
-
 def measured(net, dtype=torch.float32):
     importance = Importance(net.trunk.named_parameters(), dtype=dtype)
     set_gradients(net.trunk.parameters())
