@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from methods import METHODS, Method, Run, Settings
+from methods import METHODS, Run, Settings
 from report import average_accuracy, title
 
 # Okabe and Ito's palette, made to be told apart with any colour vision; each also has its marker.
@@ -52,14 +52,14 @@ def draw_accuracy(path: Path, settings: Settings, runs: Sequence[Run]) -> None:
             label=method.name,
         )
     panels[-1].set_title("average over the tasks so far", fontsize="medium")
-    panels[0].set_ylim(top=101)  # a band does reach above 100 %, accuracies do not
-    panels[-1].legend(fontsize="small", loc="lower left")
-    panels[0].legend(fontsize="small", loc="lower left", ncols=1 + settings.tasks // 6)
+    panels[0].set_ylim(top=min(101, panels[0].get_ylim()[1]))  # a band does reach above 100 %, accuracies do not
+    panels[-1].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(settings.tasks, 10))
     for panel in panels[3:]:
         panel.set_xlabel("tasks trained")
     for panel in panels[::3]:
         panel.set_ylabel("test accuracy (%)")
-    _finish(figure, panels, path, f"{title(settings, runs)} (mean, band ± 1 standard deviation)")
+    _finish(figure, panels, path, f"Accuracy. {_heading(settings, runs)}")
 
 
 def draw_capacity(path: Path, settings: Settings, runs: Sequence[Run]) -> None:
@@ -84,7 +84,12 @@ def draw_capacity(path: Path, settings: Settings, runs: Sequence[Run]) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("tasks trained")
     panels[0, 0].set_ylim(0, 1.02)
-    _finish(figure, panels.ravel(), path, f"Capacity used. {title(settings, runs)} (mean, band ± 1 standard deviation)")
+    _finish(figure, panels.ravel(), path, f"Capacity used. {_heading(settings, runs)}")
+
+
+def _heading(settings: Settings, runs: Sequence[Run]) -> str:
+    several = len({run.seed for run in runs}) > 1
+    return title(settings, runs) + (" (mean, band ± 1 standard deviation)" if several else "")
 
 
 def _by_layer(runs: Sequence[Run], field: str) -> dict[str, np.ndarray]:

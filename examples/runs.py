@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
+import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import fields
 
@@ -51,6 +52,7 @@ def run_all(images: Images, settings: Settings, seeds: list[int], workers: int) 
 def _start_worker(images: Images, settings: Settings, epochs) -> None:
     global _images, _settings, _epochs
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends the worker without a traceback of its own
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a terminated worker would leave behind
     # Runs side by side use the cores better than threads do, and one thread sums in the same order on every machine.
     torch.set_num_threads(1)
     _images = Images(*(getattr(images, field.name).to(settings.device) for field in fields(images)))

@@ -24,12 +24,13 @@ import report
 from data import LOADERS, DataError, load, split
 from methods import METHODS, Settings
 from runs import run_all
+from spg_kernels import SPGError
 
 # Learning rates: the best accuracy of models trained alone, without SPG, on a fifth of the training images, with other
 # seeds than those reported; the same with and without SPG. Those of cifar100 are a guess, and its dropouts the paper's.
 PRESETS = {
     "digits": Settings("digits", 5, 20, 32, {"SGD": 0.2, "AdamW": 0.003}, (0.1, 0.2)),
-    "mnist": Settings("mnist", 5, 5, 32, {"SGD": 0.1, "AdamW": 0.002}, (0.1, 0.2)),
+    "mnist": Settings("mnist", 5, 5, 32, {"SGD": 0.2, "AdamW": 0.002}, (0.1, 0.2)),
     "fashion-mnist": Settings("fashion-mnist", 5, 5, 64, {"SGD": 0.1, "AdamW": 0.002}, (0.1, 0.2), 1000),
     "cifar100": Settings("cifar100", 10, 20, 64, {"SGD": 0.05, "AdamW": 0.001}, (0.313, 0.409)),
 }
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError) as error:
+    except (DataError, SPGError, OSError) as error:
         sys.exit(f"split_images.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("split_images.py: interrupted")
