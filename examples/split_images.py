@@ -26,8 +26,8 @@ from methods import METHODS, Settings
 from runs import run_all
 from spg_kernels import SPGError
 
-# Learning rates: the best accuracy of models trained alone, without SPG, on a fifth of the training images, with other
-# seeds than those reported; the same with and without SPG. Those of cifar100 are a guess, and its dropouts the paper's.
+# Learning rates: the best for models trained alone, without SPG, tested on a held-out fifth of the training images, with
+# other seeds than those reported. Those of cifar100 are not tuned; its dropouts are the paper's.
 PRESETS = {
     "digits": Settings("digits", 5, 20, 32, {"SGD": 0.2, "AdamW": 0.003}, (0.1, 0.2)),
     "mnist": Settings("mnist", 5, 5, 32, {"SGD": 0.2, "AdamW": 0.002}, (0.1, 0.2)),

@@ -40,6 +40,9 @@ class NonFiniteGradientError(SPGError, FloatingPointError):
         self.names = list(names)
         super().__init__(f"inf or NaN in the gradient of {', '.join(self.names)}: their importance is unchanged")
 
+    def __reduce__(self):
+        return type(self), (self.names,)  # an exception pickles its message as its arguments
+
 
 class BackendError(SPGError, RuntimeError):
     """A backend asked for by name does not run here, or cannot take a tensor it was given."""

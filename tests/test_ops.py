@@ -1,6 +1,7 @@
 """Every backend against the float64 oracle; argument checks; torch.library's own checks."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -89,6 +90,7 @@ def test_a_non_finite_gradient_is_named_and_its_gamma_untouched(backend, bad, pl
         spg_kernels.accumulate_importance_(gammas, grads, backend=backend)
     assert error.value.names == ["grads[1]", "grads[3]"]
     assert isinstance(error.value, FloatingPointError) and isinstance(error.value, spg_kernels.SPGError)
+    assert pickle.loads(pickle.dumps(error.value)).names == error.value.names, "as from a worker process"
     assert torch.equal(gammas[1], before[1]) and torch.equal(gammas[3], before[3])
     with pytest.raises(NonFiniteGradientError):
         spg_kernels.importance(grads[1], backend=backend)
