@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/split_images.py --out split-images
@@ -11,6 +11,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m spg_kernels
 	$(RUN) -m pytest -n auto --maxprocesses 8 tests
+	$(RUN) -m bench.report --check
+
+bench: $(VENV)/installed
+	$(RUN) -m pytest bench --record
+	$(RUN) -m bench.report
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
