@@ -13,10 +13,15 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from . import ops
 
 
+def patched_step(inner: Optimizer) -> Callable | None:
+    """A step that somebody put on this one object; learning-rate schedulers, which only count, do not change it."""
+    patched = vars(inner).get("step")
+    return None if getattr(patched, "_wrapped_by_lr_sched", False) else patched
+
+
 def takes(inner: Optimizer) -> bool:
     """Whether a masked operator computes exactly what this optimizer's own step would."""
-    patched = vars(inner).get("step")
-    if type(inner) not in (SGD, Adam, AdamW) or (patched is not None and not getattr(patched, "_wrapped_by_lr_sched", False)):
+    if type(inner) not in (SGD, Adam, AdamW) or patched_step(inner) is not None:
         return False
     return all(_has_plain_settings(group) for group in inner.param_groups)
 

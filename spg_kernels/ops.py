@@ -76,17 +76,25 @@ def resolve(backend: str, device_type: str) -> ModuleType:
     return backend_module(backend)
 
 
+def choose(op: str, lists: tuple[list[Tensor], ...], backend: str) -> tuple[ModuleType, dict[int, str]]:
+    """The backend that will run `op`, and which tensors it cannot take: an error, nothing done, if it was asked for by name."""
+    chosen = resolve(backend, lists[0][0].device.type)
+    refused = {} if chosen is reference else chosen.refusals(op, lists)
+    if refused and backend != "auto":
+        index, reason = next(iter(refused.items()))
+        raise BackendError(f"backend {backend!r}, {op}: tensor {index} of {len(lists[0])} {reason}")
+    return chosen, refused
+
+
 def _execute(op: str, lists: tuple[list[Tensor], ...], kwargs: dict, backend: str):
     """Run `op` on the chosen backend; under "auto", tensors it cannot take go to the reference."""
     if not lists[0]:
         return reference.accumulate_importance_([], []) if op == "accumulate_importance_" else None
-    chosen = resolve(backend, lists[0][0].device.type)
+    chosen, refused = choose(op, lists, backend)
     run = getattr(chosen, op)
-    if chosen is reference or not (refused := chosen.refusals(op, lists)):
+    if not refused:
         return run(*lists, **kwargs)
     index, reason = next(iter(refused.items()))
-    if backend != "auto":
-        raise BackendError(f"backend {backend!r}, {op}: tensor {index} of {len(lists[0])} {reason}")
     log.debug("%s: %d of %d tensors take the reference, the first (%d) because it %s",
               op, len(refused), len(lists[0]), index, reason)
     taken = [i for i in range(len(lists[0])) if i not in refused]
@@ -100,7 +108,6 @@ def _execute(op: str, lists: tuple[list[Tensor], ...], kwargs: dict, backend: st
     return merged
 
 
-# op: (tensor lists, the mutated ones marked; other arguments; result)
 _SGD = ("float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, bool maximize=False, "
         "bool is_first_step=False, str mask='update'")
 _ADAMW = ("float beta1=0.9, float beta2=0.999, float eps=1e-8, float weight_decay=1e-2, bool decoupled=True, "
@@ -118,9 +125,8 @@ _SCHEMAS = {
     "masked_adamw_": f"({_ADAMW_LISTS}, *, float lr, {_ADAMW}, str backend='auto') -> ()",
     "masked_adamw_.tensor_lr": f"({_ADAMW_LISTS}, *, Tensor lr, {_ADAMW}, str backend='auto') -> ()",
 }
-# The positions of the mutated lists.
-_MUTATED = {"accumulate_importance_": (0,), "soft_mask_": (0,), "update_mask_": (0,), "masked_sgd_": (0, 3),
-            "masked_adamw_": (0, 3, 4, 5, 6)}
+# The positions of the lists that a schema marks as written.
+_MUTATED = {op: [i for i, argument in enumerate(schema.split(", ")) if "!" in argument] for op, schema in _SCHEMAS.items()}
 _LIBRARY = torch.library.Library("spg_kernels", "DEF")
 
 

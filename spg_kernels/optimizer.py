@@ -166,8 +166,7 @@ class SPGOptimizer(Optimizer):
     def _inner_step(self, closure: Callable | None):
         """The inner optimizer's step without its hooks, which are this optimizer's and run around the masked step."""
         arguments = () if closure is None else (closure,)
-        patched = vars(self.inner).get("step")
-        if patched is not None and not getattr(patched, "_wrapped_by_lr_sched", False):
+        if (patched := fused.patched_step(self.inner)) is not None:
             return patched(*arguments)
         step = type(self.inner).step
         return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self.inner, *arguments)
@@ -180,6 +179,9 @@ class SPGOptimizer(Optimizer):
         parameters = [p for p in self._parameters() if p.requires_grad]
         gammas = [self._gamma(p) for p in parameters]
         old = [p.detach().clone() for p in parameters]
+        if parameters:
+            # A backend that refuses must do so before the inner step changes its state.
+            ops.choose("update_mask_", ([p.detach() for p in parameters], old, gammas), self.backend)
         try:
             loss = self._inner_step(closure)
             ops.update_mask_([p.detach() for p in parameters], old, gammas, backend=self.backend)
@@ -229,6 +231,7 @@ class SPGOptimizer(Optimizer):
         Raises:
             NonFiniteGradientError: names every parameter with an inf or NaN in its gradient; their gamma is untouched.
         """
+        self._find_heads()
         trunk = [p for p in self._parameters() if p.grad is not None and id(p) not in self._head_parameters]
         for parameter in trunk:
             self._gamma(parameter)

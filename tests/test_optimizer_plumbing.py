@@ -249,6 +249,25 @@ def test_a_failing_step_leaves_parameters_as_they_were(net):
             assert equal(values(net), before) and all(p.grad is g for p, g in zip(net.parameters(), grads))
 
 
+def test_a_backend_that_refuses_does_so_before_anything_changed(net):
+    optimizer = wrap(net.double(), "RMSprop", 0.5, backend="native")
+    set_gradients(net.parameters())
+    before = values(net)
+    with pytest.raises(spg_kernels.BackendError, match="float64"):
+        optimizer.step()
+    assert equal(values(net), before) and not optimizer.state
+
+
+def test_a_head_that_came_through_the_inner_optimizer_is_a_head(net):
+    optimizer = wrap(net, "SGD", 0.5)
+    net.heads.append(torch.nn.Linear(16, 3))
+    optimizer.inner.add_param_group({"params": net.heads[-1].parameters()})
+    set_gradients(net.parameters())
+    optimizer.accumulate_importance()
+    optimizer.step()
+    assert len(optimizer.importance) == 4 and net.heads[-1].weight not in optimizer.importance
+
+
 def test_a_non_finite_gradient_names_its_parameter(net):
     optimizer = wrap(net, "SGD")
     set_gradients(net.parameters())
