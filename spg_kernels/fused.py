@@ -5,12 +5,15 @@ The wrapper can be taken off at any time: the state is what torch's own step wou
 """
 
 from collections.abc import Callable
+from operator import attrgetter, is_, itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import ops
+from .importance import Importance
 
 
 def patched_step(inner: Optimizer) -> Callable | None:
@@ -31,44 +34,101 @@ def _has_plain_settings(group: dict) -> bool:
     return not (group["differentiable"] or any(isinstance(x, Tensor) for x in scalars))
 
 
-@torch.no_grad()
-def step(inner: Optimizer, gamma_of: Callable[[Tensor], Tensor], mask: str, backend: str) -> bool:
-    """One masked step of `inner` in a call a parameter group. False, with nothing done, where a backend must refuse."""
-    calls = [call for group in inner.param_groups for call in (_sgd if type(inner) is SGD else _adam)(inner, group, gamma_of)]
-    if not ops.try_calls(calls, {"mask": mask}, backend):
-        return False
-    if type(inner) is SGD:
+class _Found(NamedTuple):
+    """What the step of one parameter group works on, besides its gradients."""
+
+    group: list[Tensor]  # group["params"] as it was
+    has_grad: list[bool]
+    names: tuple[str | None, ...]  # of the states that the operator takes, None for one that it does without
+    params: list[Tensor]  # those with a gradient; likewise:
+    states: list[dict]
+    gammas: list[Tensor]
+
+
+class FusedStep:
+    """The step of torch's SGD, Adam or AdamW as masked operator calls, one for each parameter group.
+
+    Looking states and gammas up parameter by parameter takes longer than all else on the host, so what was found is kept
+    for as long as parameters, state dictionaries and gammas are the same objects. Tensors are read from them in every step.
+    """
+
+    def __init__(self):
+        self._found: list[_Found] = []
+        self._seen: list = []  # where: the optimizer, its state, the importance, and each of the state's dictionaries
+        self._layout = -1
+
+    def take(self, inner: Optimizer, importance: Importance, gamma_of: Callable[[Tensor], Tensor], mask: str,
+             backend: str) -> bool:
+        """One masked step of `inner`. False, with nothing done, where a backend must refuse."""
+        importance.update_means()
+        grads = [list(map(_grad, group["params"])) for group in inner.param_groups]
+        if torch.compiler.is_compiling() or not self._holds(inner, grads, importance):
+            self._find(inner, grads, importance, gamma_of)
+        step = _sgd if isinstance(inner, SGD) else _adam
+        calls = [call for group, found, own in zip(inner.param_groups, self._found, grads)
+                 for call in step(inner, group, found, [grad for grad in own if grad is not None])]
+        if not ops.try_calls(calls, {"mask": mask}, backend):
+            return False
         for call in calls:
-            params, _, _, buffers = call.lists
-            for parameter, buffer in zip(params, buffers):
-                inner.state[parameter]["momentum_buffer"] = buffer
-    return True
+            if call.settings.get("is_first_step"):
+                for parameter, buffer in zip(call.lists[0], call.lists[3]):
+                    inner.state[parameter]["momentum_buffer"] = buffer
+        return True
+
+    def _holds(self, inner: Optimizer, grads: list[list[Tensor | None]], importance: Importance) -> bool:
+        return (self._layout == importance.layout and len(self._found) == len(inner.param_groups)
+                and _same([inner, inner.state, importance, *inner.state.values()], self._seen)
+                and all(_same(group["params"], found.group) and [grad is not None for grad in own] == found.has_grad
+                        and _names(inner, group) == found.names
+                        for group, found, own in zip(inner.param_groups, self._found, grads)))
+
+    @torch.no_grad()
+    def _find(self, inner: Optimizer, grads: list[list[Tensor | None]], importance: Importance, gamma_of: Callable) -> None:
+        self._found, found = [], []  # an error below leaves nothing half found
+        for group, own in zip(inner.param_groups, grads):
+            inner._init_group(group, *([] for _ in range(3 if isinstance(inner, SGD) else 6)))
+            params, names = [p for p, grad in zip(group["params"], own) if grad is not None], _names(inner, group)
+            states = [inner.state[p] for p in params] if any(names) else []
+            found.append(_Found(list(group["params"]), [grad is not None for grad in own], names, params, states,
+                                [gamma_of(p) for p in params]))
+        self._found, self._layout = found, importance.layout
+        self._seen = [inner, inner.state, importance, *inner.state.values()]
 
 
-def _sgd(inner: SGD, group: dict, gamma_of: Callable) -> list[ops.Call]:
-    params, grads, buffers = [], [], []
-    inner._init_group(group, params, grads, buffers)
-    gammas = [gamma_of(p) for p in params]
+def _names(inner: Optimizer, group: dict) -> tuple[str | None, ...]:
+    if isinstance(inner, SGD):
+        return ("momentum_buffer" if group["momentum"] else None,)
+    return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None, "step"
+
+
+_grad = attrgetter("grad")
+
+
+def _same(objects: list, others: list) -> bool:
+    """Whether two lists hold the same objects; == would compare tensors."""
+    return len(objects) == len(others) and all(map(is_, objects, others))
+
+
+def _sgd(inner: SGD, group: dict, found: _Found, grads: list[Tensor]) -> list[ops.Call]:
     settings = {key: group[key] for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
-    if not buffers:
-        return [ops.Call("masked_sgd_", (params, grads, gammas, []), settings)]
-    if all(buffer is not None for buffer in buffers):  # `in` would compare tensors
-        return [ops.Call("masked_sgd_", (params, grads, gammas, buffers), settings)]
+    if not group["momentum"]:
+        return [ops.Call("masked_sgd_", (found.params, grads, found.gammas, []), settings)]
+    buffers = [state.get("momentum_buffer") for state in found.states]
+    if all(buffer is not None for buffer in buffers):
+        return [ops.Call("masked_sgd_", (found.params, grads, found.gammas, buffers), settings)]
     calls = []
     for is_first_step in (True, False):
         part = [i for i, buffer in enumerate(buffers) if (buffer is None) == is_first_step]
-        own = [torch.empty_like(params[i]) if is_first_step else buffers[i] for i in part]
-        lists = ([params[i] for i in part], [grads[i] for i in part], [gammas[i] for i in part], own)
+        own = [torch.empty_like(found.params[i]) if is_first_step else buffers[i] for i in part]
+        lists = ([found.params[i] for i in part], [grads[i] for i in part], [found.gammas[i] for i in part], own)
         calls.append(ops.Call("masked_sgd_", lists, {**settings, "is_first_step": is_first_step}))
     return calls
 
 
-def _adam(inner: Adam, group: dict, gamma_of: Callable) -> list[ops.Call]:
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = [], [], [], [], [], []
-    inner._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+def _adam(inner: Adam, group: dict, found: _Found, grads: list[Tensor]) -> list[ops.Call]:
     settings = {key: group[key] for key in ("lr", "eps", "weight_decay", "maximize")}
     settings["beta1"], settings["beta2"] = group["betas"]
     # AdamW was a class of its own before it became Adam with this group setting.
-    settings["decoupled"] = group.get("decoupled_weight_decay", False) or type(inner) is AdamW
-    lists = (params, grads, [gamma_of(p) for p in params], exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
-    return [ops.Call("masked_adamw_", lists, settings)]
+    settings["decoupled"] = group.get("decoupled_weight_decay", False) or isinstance(inner, AdamW)
+    states = [list(map(itemgetter(name), found.states)) if name else [] for name in found.names]
+    return [ops.Call("masked_adamw_", (found.params, grads, found.gammas, *states), settings)]

@@ -69,6 +69,7 @@ class Importance(Mapping):
         self.dtype = dtype
         self.tasks = 0
         self.active = False  # whether any gamma may differ from 0
+        self.layout = 0  # grows when a parameter gets another gamma tensor, not when numbers change
         self._gammas: dict[str, Tensor] = {}  # as stored: float32 or codes
         self._parameters: dict[str, Tensor] = {}
         self._names: dict[int, str] = {}
@@ -96,6 +97,7 @@ class Importance(Mapping):
         self._parameters[name] = parameter
         self._names[id(parameter)] = name
         self._means_are_stale = True
+        self.layout += 1
 
     def bind(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Attach new Parameter objects under the names known here (after `fully_shard`, `to_empty`, a reload).
@@ -124,6 +126,7 @@ class Importance(Mapping):
         if gamma.device != parameter.device:  # the model was moved after it was wrapped
             gamma = self._gammas[name] = _placed(gamma, parameter)
             self._means_are_stale = True
+            self.layout += 1
         return gamma
 
     def _key(self, key: str | Tensor) -> str:
@@ -178,13 +181,17 @@ class Importance(Mapping):
 
     def mean_on(self, device: torch.device) -> Tensor:
         """`mean()` on `device`. One tensor for good, brought up to date in place: a captured CUDA graph keeps its address."""
+        self.update_means()
+        if device not in self._means:
+            self._means[device] = ops.mean_gamma(list(self._gammas.values()), device)
+        return self._means[device]
+
+    def update_means(self) -> None:
+        """Bring the tensors of `mean_on` up to date, if gamma has changed."""
         if self._means_are_stale:
             for kept in self._means.values():
                 kept.copy_(ops.mean_gamma(list(self._gammas.values()), kept.device))
             self._means_are_stale = False
-        if device not in self._means:
-            self._means[device] = ops.mean_gamma(list(self._gammas.values()), device)
-        return self._means[device]
 
     def summary(self) -> Capacity:
         """The capacity table: how much of each parameter tensor the tasks so far have used up. `print` it, or read `.rows`."""

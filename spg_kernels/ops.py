@@ -1,14 +1,15 @@
-"""The operators: schemas, argument checks, fake kernels, and the choice of a backend.
+"""The operators: schemas, fake kernels, and the choice of a backend.
 
 Every operator works on lists of tensors, one call for a whole model, in place, and is registered as
 `torch.ops.spg_kernels.<name>`, opaque to torch.compile with its mutated arguments declared. A backend is a module with
 
 - `DEVICE_TYPES`: where its tensors live,
 - `unavailable() -> str | None`: what is missing here, None if it runs,
-- `refusals(op, lists) -> dict[int, str]`: the indices whose tensors it cannot take, and why,
-- one function for each operator, with the signature of its twin in `reference.py`.
+- `PLANS`: which tensors it takes and what it keeps of them from call to call (`backends/plans.py`),
+- one function for each operator: its twin in `reference.py`, with a plan's `launch` before the lists.
 """
 
+import functools
 import importlib
 import logging
 from types import ModuleType
@@ -19,14 +20,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import reference
+from .backends.plans import Plan
+from .checks import CHECKS, GAMMA_DTYPES, MASKS, check_floating, check_mask  # noqa: F401
 from .reference import decode, encode_gamma, mean_gamma  # noqa: F401  (importance.py reads gammas through this room)
 
 log = logging.getLogger("spg_kernels")
 
 BACKENDS = ("auto", "triton", "native", "reference")
 _MODULES = {"triton": "spg_kernels.backends.triton", "native": "spg_kernels.backends.native"}
-MASKS = ("update", "gradient")
-GAMMA_DTYPES = (torch.float32, torch.uint8)
 
 
 class SPGError(Exception):
@@ -65,6 +66,7 @@ def require_backend(backend: str) -> None:
         raise BackendError(f"backend {backend!r} does not run here: {missing}")
 
 
+@functools.cache
 def resolve(backend: str, device_type: str) -> ModuleType:
     """The module that serves `backend` for tensors on `device_type`."""
     if backend == "auto":
@@ -76,30 +78,41 @@ def resolve(backend: str, device_type: str) -> ModuleType:
     return backend_module(backend)
 
 
-def choose(op: str, lists: tuple[list[Tensor], ...], backend: str) -> tuple[ModuleType, dict[int, str]]:
-    """The backend that will run `op`, and which tensors it cannot take: an error, nothing done, if it was asked for by name."""
+def choose(op: str, lists: tuple[list[Tensor], ...], backend: str) -> tuple[ModuleType, Plan | None]:
+    """The backend that will run `op`, with its plan for these tensors; the reference needs none.
+
+    Raises:
+        ValueError, TypeError: lists that do not match. BackendError: a backend asked for by name cannot take some tensor.
+    """
     chosen = resolve(backend, lists[0][0].device.type)
-    refused = {} if chosen is reference else chosen.refusals(op, lists)
-    if refused and backend != "auto":
-        index, reason = next(iter(refused.items()))
+    plan = None if chosen is reference else chosen.PLANS.known(op, lists)
+    if plan is None:  # or the tensors are like some that have passed
+        CHECKS[op](*lists)
+    if chosen is reference:
+        return reference, None
+    plan = plan or chosen.PLANS.make(op, lists)
+    if plan.refused and backend != "auto":
+        index, reason = plan.first_refusal()
         raise BackendError(f"backend {backend!r}, {op}: tensor {index} of {len(lists[0])} {reason}")
-    return chosen, refused
+    return chosen, plan
 
 
 def _execute(op: str, lists: tuple[list[Tensor], ...], kwargs: dict, backend: str):
     """Run `op` on the chosen backend; under "auto", tensors it cannot take go to the reference."""
     if not lists[0]:
+        CHECKS[op](*lists)
         return reference.accumulate_importance_([], []) if op == "accumulate_importance_" else None
-    chosen, refused = choose(op, lists, backend)
-    run = getattr(chosen, op)
-    if not refused:
-        return run(*lists, **kwargs)
-    index, reason = next(iter(refused.items()))
+    chosen, plan = choose(op, lists, backend)
+    if plan is None:
+        with torch.no_grad():
+            return getattr(reference, op)(*lists, **kwargs)
+    if not plan.refused:
+        return getattr(chosen, op)(plan.launch, *lists, **kwargs)
     log.debug("%s: %d of %d tensors take the reference, the first (%d) because it %s",
-              op, len(refused), len(lists[0]), index, reason)
-    taken = [i for i in range(len(lists[0])) if i not in refused]
-    results = [(part, implementation(*([tensors[i] for i in part] if tensors else [] for tensors in lists), **kwargs))
-               for part, implementation in ((taken, run), (list(refused), getattr(reference, op))) if part]
+              op, len(plan.refused), len(lists[0]), *plan.first_refusal())
+    taken = [i for i in range(len(lists[0])) if i not in plan.refused]
+    results = [(part, _execute(op, tuple([tensors[i] for i in part] if tensors else [] for tensors in lists), kwargs, name))
+               for part, name in ((taken, backend), (list(plan.refused), "reference")) if part]
     if results[0][1] is None:
         return None
     merged = torch.empty(len(lists[0]), dtype=results[0][1].dtype, device=results[0][1].device)
@@ -132,24 +145,24 @@ _LIBRARY = torch.library.Library("spg_kernels", "DEF")
 
 def _run(op: str, lists: tuple[list[Tensor], ...], kwargs: dict, backend: str):
     """Run `op` now, and tell autograd what was written."""
-    with torch.no_grad():
-        result = _execute(op, lists, kwargs, backend)
-    _tell_autograd(op, lists)
+    result = _execute(op, lists, kwargs, backend)
+    # Kernels write through raw pointers, which it cannot see.
+    torch.autograd.graph.increment_version([t for i in _MUTATED[op] for t in lists[i]])
     return result
 
 
-def _tell_autograd(op: str, lists: tuple[list[Tensor], ...]) -> None:
-    # Kernels write through raw pointers, which it cannot see.
-    torch.autograd.graph.increment_version([t for i in _MUTATED[op] for t in lists[i]])
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def _call(op: str, *lists: list[Tensor], backend: str, **kwargs):
     """Run `op`, through torch's dispatcher only where somebody traces it: with long lists the way there costs more than a step."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        # Named, or a tensor lr would become a float, which on a GPU is a synchronization.
-        overload = "tensor_lr" if isinstance(kwargs.get("lr"), Tensor) else "default"
-        return getattr(getattr(torch.ops.spg_kernels, op), overload)(*lists, backend=backend, **kwargs)
-    return _run(op, lists, kwargs, backend)
+    if not _traced():
+        return _run(op, lists, kwargs, backend)
+    CHECKS[op](*lists)
+    # Named, or a tensor lr would become a float, which on a GPU is a synchronization.
+    overload = "tensor_lr" if isinstance(kwargs.get("lr"), Tensor) else "default"
+    return getattr(getattr(torch.ops.spg_kernels, op), overload)(*lists, backend=backend, **kwargs)
 
 
 class Call(NamedTuple):
@@ -167,18 +180,21 @@ def try_calls(calls: list[Call], common: dict, backend: str) -> bool:
         for op, lists, settings in calls:
             _call(op, *lists, backend=backend, **settings, **common)
         return True
-    chosen = []
-    for op, lists, _ in calls:
-        chosen.append(resolve(backend, lists[0][0].device.type))
-        if chosen[-1] is reference:
+    ready = []
+    for op, lists, settings in calls:
+        chosen = resolve(backend, lists[0][0].device.type)
+        if chosen is reference:
             return False
-        if refused := chosen[-1].refusals(op, lists):
-            index, reason = next(iter(refused.items()))
+        plan = chosen.PLANS.known(op, lists) or chosen.PLANS.make(op, lists)
+        if plan.refused:
+            index, reason = plan.first_refusal()
             log.debug("%s: the generic step instead, because tensor %d of %d %s", op, index, len(lists[0]), reason)
             return False
-    for module, (op, lists, settings) in zip(chosen, calls):
-        getattr(module, op)(*lists, **settings, **common)
-        _tell_autograd(op, lists)
+        ready.append((getattr(chosen, op), plan.launch, lists, settings))
+    for run, launch, lists, settings in ready:
+        run(launch, *lists, **settings, **common)
+        # Of what a step writes, a graph can only have saved the parameters.
+        torch.autograd.graph.increment_version(lists[0])
     return True
 
 
@@ -218,54 +234,6 @@ for _name, _schema in _SCHEMAS.items():
     _register(_name, _schema)
 
 
-# Each check first asks whole lists at a time, which costs a small model less than its step, and only then which tensor it is.
-
-
-def _check_lists(like: str, tensors: list[Tensor], **others: list[Tensor]) -> None:
-    """Every list in `others` is parallel to `tensors`: as long, same shapes, same devices."""
-    shapes, devices = [t.shape for t in tensors], [t.device for t in tensors]
-    for name, other in others.items():
-        if len(other) != len(tensors):
-            raise ValueError(f"{name}: expected {len(tensors)} tensors, one for each of {like}, got {len(other)}")
-        if [t.shape for t in other] == shapes and [t.device for t in other] == devices:
-            continue
-        for i, twin in enumerate(other):
-            if twin.shape != shapes[i]:
-                raise ValueError(f"{name}[{i}]: expected shape {tuple(shapes[i])} of {like}[{i}], got {tuple(twin.shape)}")
-            if twin.device != devices[i]:
-                raise ValueError(f"{name}[{i}]: expected device {devices[i]} of {like}[{i}], got {twin.device}")
-
-
-def _check_floating(name: str, tensors: list[Tensor], complex_too: bool = False) -> None:
-    if all([tensor.is_floating_point() for tensor in tensors]):
-        return
-    for i, tensor in enumerate(tensors):
-        if not (tensor.is_floating_point() or (complex_too and tensor.is_complex())):
-            raise TypeError(f"{name}[{i}]: expected a floating point tensor, got {tensor.dtype}")
-
-
-def _check_gammas(like: str, tensors: list[Tensor], gammas: list[Tensor], one_value: bool = True) -> None:
-    """gammas[i] has the shape of tensors[i], float32 or 8-bit code; or, if `one_value`, is one 0-d float32 for all of it."""
-    if not {gamma.dtype for gamma in gammas} <= set(GAMMA_DTYPES):
-        i, wrong = next((i, gamma.dtype) for i, gamma in enumerate(gammas) if gamma.dtype not in GAMMA_DTYPES)
-        raise TypeError(f"gammas[{i}]: expected torch.float32, or torch.uint8 for 8-bit codes, got {wrong}")
-    elementwise = gammas
-    if one_value and len(gammas) == len(tensors):
-        elementwise = [tensor if gamma.dim() == 0 and gamma.dtype == torch.float32 and gamma.device == tensor.device else gamma
-                       for tensor, gamma in zip(tensors, gammas)]
-    _check_lists(like, tensors, gammas=elementwise)
-
-
-def _check_step(params, grads, gammas, mask: str, **states: list[Tensor]) -> None:
-    _check_floating("params", params)
-    _check_lists("params", params, grads=grads, **{name: state for name, state in states.items() if state})
-    for name, tensors in {"grads": grads, **states}.items():
-        _check_floating(name, tensors)
-    _check_gammas("params", params, gammas)
-    if mask not in MASKS:
-        raise ValueError(f"mask: expected 'update' or 'gradient', got {mask!r}")
-
-
 def _require_finite(finite: Tensor, names: list[str]) -> None:
     if torch.compiler.is_compiling():
         torch._assert_async(finite.all(), "spg_kernels: inf or NaN in a gradient, its importance is unchanged")
@@ -286,7 +254,7 @@ def importance(grad: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         NonFiniteGradientError: `grad` holds an inf or a NaN.
     """
-    _check_floating("grad", [grad], complex_too=True)
+    check_floating("grad", [grad], complex_too=True)
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         value, finite = torch.ops.spg_kernels.importance(grad, backend=backend)
     else:
@@ -307,13 +275,11 @@ def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor], *, backend
         NonFiniteGradientError: naming every `grads[i]` that holds an inf or a NaN; their gammas are untouched, the
             others are folded in, which is harmless: folding the same gradient in again changes nothing.
     """
-    _check_floating("grads", grads, complex_too=True)
-    _check_gammas("grads", grads, gammas, one_value=False)
     fold(gammas, grads, [f"grads[{i}]" for i in range(len(grads))], backend)
 
 
 def fold(gammas: list[Tensor], grads: list[Tensor], names: list[str], backend: str) -> None:
-    """`accumulate_importance_` for lists known to match, with the names a NonFiniteGradientError reports."""
+    """`accumulate_importance_` with the names that a NonFiniteGradientError reports."""
     _require_finite(_call("accumulate_importance_", gammas, grads, backend=backend), names)
 
 
@@ -328,8 +294,6 @@ def soft_mask_(grads: list[Tensor], gammas: list[Tensor], *, backend: str = "aut
     Raises:
         ValueError, TypeError: lists that do not match; nothing has changed.
     """
-    _check_floating("grads", grads, complex_too=True)
-    _check_gammas("grads", grads, gammas)
     _call("soft_mask_", grads, gammas, backend=backend)
 
 
@@ -338,12 +302,6 @@ def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Te
 
     Exactly `old_i` where gamma = 1 and exactly `param_i` where gamma = 0. Arguments and errors as in `soft_mask_`.
     """
-    _check_floating("params", params, complex_too=True)
-    _check_lists("params", params, old_params=old_params)
-    _check_gammas("params", params, gammas)
-    for i, (param, old) in enumerate(zip(params, old_params)):
-        if param.dtype != old.dtype:
-            raise TypeError(f"old_params[{i}]: expected {param.dtype} of params[{i}], got {old.dtype}")
     _call("update_mask_", params, old_params, gammas, backend=backend)
 
 
@@ -364,7 +322,7 @@ def masked_sgd_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor],
     Raises:
         ValueError, TypeError: arguments that do not match; nothing has changed.
     """
-    _check_step(params, grads, gammas, mask, momentum_buffers=momentum_buffers)
+    check_mask(mask)
     if momentum and len(momentum_buffers) != len(params):
         raise ValueError(f"momentum_buffers: expected {len(params)} tensors with momentum = {momentum}, got {len(momentum_buffers)}")
     _call("masked_sgd_", params, grads, gammas, list(momentum_buffers) if momentum else [], lr=lr, momentum=momentum,
@@ -391,12 +349,6 @@ def masked_adamw_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor
     Raises:
         ValueError, TypeError: arguments that do not match; nothing has changed.
     """
-    _check_step(params, grads, gammas, mask, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, max_exp_avg_sqs=max_exp_avg_sqs)
-    for name, states in {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "state_steps": state_steps}.items():
-        if len(states) != len(params):
-            raise ValueError(f"{name}: expected {len(params)} tensors, one for each of params, got {len(states)}")
-    for i, step in enumerate(state_steps):
-        if step.numel() != 1 or step.dtype != torch.float32:
-            raise TypeError(f"state_steps[{i}]: expected one float32 value, got {step.dtype} of shape {tuple(step.shape)}")
+    check_mask(mask)
     _call("masked_adamw_", params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr=lr, beta1=beta1,
           beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, mask=mask, backend=backend)

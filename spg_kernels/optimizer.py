@@ -65,6 +65,7 @@ class SPGOptimizer(Optimizer):
         # Step hooks of the inner optimizer are this one's: they fire once, around the masked step.
         self._optimizer_step_pre_hooks = self.inner._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = self.inner._optimizer_step_post_hooks
+        self._fused_step = fused.FusedStep()
 
     @property
     def param_groups(self) -> list[dict]:
@@ -159,7 +160,7 @@ class SPGOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not fused.step(self.inner, self._gamma, self.mask, self.backend):
+        if not self._fused_step.take(self.inner, self.importance, self._gamma, self.mask, self.backend):
             self._generic_step(None)
         return loss
 

@@ -83,7 +83,7 @@ def test_misaligned_views_give_the_bits_of_aligned_tensors(op, settings):
     lists = on_gpu(inputs(op, torch.float32, torch.float32, "8-bit", [(n,) for n in (5, 1024, 90000, 2049, 4096)]))
     shifted = tuple([torch.cat([t.new_zeros(1), t])[1:] if t.dim() and i % 2 else t.clone() for i, t in enumerate(tensors)]
                     for tensors in lists)
-    assert {piece.aligned for piece in plans.take(op, shifted).pieces(shifted)} == {True, False}
+    assert {piece.aligned for piece in plans.PLANS.make(op, shifted).launch.pieces(shifted)} == {True, False}
     for arguments in (lists, shifted):
         run(op, arguments, settings_on_gpu(settings))
     assert equal(lists, shifted)

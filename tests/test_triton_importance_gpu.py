@@ -11,6 +11,7 @@ from spg_kernels import NonFiniteGradientError, accumulate_importance_, referenc
 from spg_kernels.backends.triton import importance, launch  # noqa: E402
 
 from . import oracle  # noqa: E402
+from .triton_cases import fold  # noqa: E402
 from .triton_importance_interpreted import HARD, assert_equals_the_oracle  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA or ROCm device")]
@@ -60,7 +61,7 @@ def test_equals_the_reference_on_random_models(use, dtype, gamma_dtype, float64)
     for seed in range(5):
         grads = model(dtype, seed)
         actual, expected = Gammas(grads, gamma_dtype), Gammas(grads, gamma_dtype)
-        assert importance.accumulate_importance_(actual.views, grads).all()
+        assert fold(actual.views, grads).all()
         assert reference.accumulate_importance_(expected.views, grads).all()
         if gamma_dtype == torch.float32:
             assert (actual.flat - expected.flat).abs().max() <= 2e-6
@@ -90,14 +91,14 @@ def check_against_the_oracle(grads):
     gammas = [torch.zeros(grad.shape, device="cuda") for grad in grads]
     codes = [torch.zeros(grad.shape, device="cuda", dtype=torch.uint8) for grad in grads]
     on_gpu = [grad.cuda() for grad in grads]
-    assert importance.accumulate_importance_(gammas + codes, on_gpu + on_gpu).all()
+    assert fold(gammas + codes, on_gpu + on_gpu).all()
     assert_equals_the_oracle(grads, [gamma.cpu() for gamma in gammas], [code.cpu() for code in codes])
 
 
 def test_relative_precision_of_small_values():
     grad = torch.cat([torch.linspace(-1e-3, 1e-3, 1001), torch.tensor([30.0, -30.0])])
     gamma = torch.zeros(grad.shape, device="cuda")
-    importance.accumulate_importance_([gamma], [grad.cuda()])
+    fold([gamma], [grad.cuda()])
     exact = oracle.importance(grad)
     large_enough = exact > 1e-9
     assert ((gamma.cpu().double() - exact).abs() / exact)[large_enough].max() < 1e-6
@@ -122,8 +123,8 @@ def test_misaligned_views(gamma_dtype):
             codes = torch.zeros(100_010, dtype=gamma_dtype, device="cuda")
             grad, gamma = whole[skip:], codes[skip:100_001]
             expected = torch.zeros_like(grad, dtype=gamma_dtype)
-            importance.accumulate_importance_([gamma], [grad])
-            importance.accumulate_importance_([expected], [grad.clone()])
+            fold([gamma], [grad])
+            fold([expected], [grad.clone()])
             if gamma_dtype == torch.float32:
                 assert (gamma - expected).abs().max() <= 1e-6
             else:
@@ -135,7 +136,7 @@ def test_twenty_thousand_small_tensors():
     grads = list(torch.randn(20_000, 96, device="cuda").unbind())
     grads[777][5] = math.nan
     gammas = torch.zeros(20_000, 96, device="cuda")
-    finite = importance.accumulate_importance_(list(gammas.unbind()), grads)
+    finite = fold(list(gammas.unbind()), grads)
     assert finite.logical_not().nonzero().flatten().tolist() == [777]
     x = torch.stack(grads).double()
     exact = ((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)).abs().tanh()
@@ -151,7 +152,7 @@ def test_a_thousand_launches_give_the_same_bits(use, dtype, float64):
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
         gammas.flat.zero_()
-        finite = importance.accumulate_importance_(gammas.views, grads)
+        finite = fold(gammas.views, grads)
         first = gammas.flat.clone() if first is None else first
         wrong += (gammas.flat != first).sum() + finite.logical_not().sum()
     assert wrong.item() == 0 and first.any()
@@ -166,7 +167,7 @@ def test_grids_far_beyond_residency_give_the_same_bits(use, monkeypatch, float64
         monkeypatch.setattr(launch, "programs_override", programs)
         for _ in range(1 if programs == 1 else 20):
             gammas = Gammas(grads)
-            assert importance.accumulate_importance_(gammas.views, grads).all()
+            assert fold(gammas.views, grads).all()
             results.append(gammas.flat)
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -175,12 +176,12 @@ def test_one_launch_without_a_copy_or_a_synchronization():
     grads = model()
     gammas = Gammas(grads)
     for _ in range(2):
-        importance.accumulate_importance_(gammas.views, grads)
+        fold(gammas.views, grads)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            importance.accumulate_importance_(gammas.views, grads)
+            fold(gammas.views, grads)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
@@ -191,10 +192,10 @@ def test_one_launch_without_a_copy_or_a_synchronization():
 def test_graph_capture_and_replay():
     grads = model()
     gammas = Gammas(grads)
-    importance.accumulate_importance_(gammas.views, grads)
+    fold(gammas.views, grads)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        finite = importance.accumulate_importance_(gammas.views, grads)
+        finite = fold(gammas.views, grads)
     for seed in range(20):
         for grad, new in zip(grads, model(seed=seed)):
             grad.copy_(new)
@@ -204,7 +205,7 @@ def test_graph_capture_and_replay():
         gammas.flat.zero_()
         graph.replay()
         eager = Gammas(grads)
-        assert torch.equal(importance.accumulate_importance_(eager.views, grads), finite)
+        assert torch.equal(fold(eager.views, grads), finite)
         assert torch.equal(gammas.flat, eager.flat) and finite.all().item() != bad
 
 
@@ -213,14 +214,14 @@ def test_two_streams_at_a_time():
     grads = [model(seed=1), model(torch.bfloat16, seed=2)]
     expected = [Gammas(part) for part in grads]
     for part, gammas in zip(grads, expected):
-        importance.accumulate_importance_(gammas.views, part)
+        fold(gammas.views, part)
     actual = [[Gammas(part) for _ in range(50)] for part in grads]
     torch.cuda.synchronize()
     finite = [[], []]
     for i in range(50):
         for k, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                finite[k].append(importance.accumulate_importance_(actual[k][i].views, grads[k]))
+                finite[k].append(fold(actual[k][i].views, grads[k]))
     torch.cuda.synchronize()
     for k in range(2):
         assert all(f.all() for f in finite[k])
@@ -232,16 +233,16 @@ def test_two_graphs_replayed_at_a_time():
     gammas = [Gammas(part) for part in grads]
     graphs = []
     for part, own in zip(grads, gammas):
-        importance.accumulate_importance_(own.views, part)
+        fold(own.views, part)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             own.flat.zero_()
-            importance.accumulate_importance_(own.views, part)
+            fold(own.views, part)
         graphs.append(graph)
     expected = []
     for part in grads:
         expected.append(Gammas(part))
-        importance.accumulate_importance_(expected[-1].views, part)
+        fold(expected[-1].views, part)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(2)]
     for _ in range(100):
@@ -264,7 +265,7 @@ def test_more_than_two_to_the_31_elements():
     m2 = sum((piece.double() - mean).square().sum() for piece in pieces)
     std = (m2 / (n - 1)).sqrt()
     codes = torch.zeros(n, dtype=torch.uint8, device="cuda")
-    assert importance.accumulate_importance_([codes], [grad]).all()
+    assert fold([codes], [grad]).all()
     for piece, code in zip(pieces, codes.split(1 << 26)):
         z = (piece.double() - mean).abs() / std * 28
         differs = code != z.ceil().clamp(max=255)
@@ -278,9 +279,9 @@ def test_two_devices_in_one_call():
     grads = [torch.randn(100_000, device=f"cuda:{i % 2}") for i in range(6)]
     grads[3][9] = math.nan
     gammas = [torch.zeros_like(grad) for grad in grads]
-    finite = importance.accumulate_importance_(gammas, grads)
+    finite = fold(gammas, grads)
     assert finite.tolist() == [True, True, True, False, True, True] and finite.device == grads[0].device
     for grad, gamma in zip(grads, gammas):
         alone = torch.zeros_like(gamma)
-        importance.accumulate_importance_([alone], [grad])
+        fold([alone], [grad])
         assert torch.equal(gamma, alone)

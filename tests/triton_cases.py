@@ -97,3 +97,8 @@ def compare_with_float64(op: str, settings: dict, lists, spare: float = 0) -> No
 def equal(ours, theirs) -> bool:
     """Whether two calls' lists hold the same bits."""
     return all(torch.equal(a, b) for tensors, others in zip(ours, theirs) for a, b in zip(tensors, others))
+
+
+def fold(gammas: list[torch.Tensor], grads: list[torch.Tensor]) -> torch.Tensor:
+    """The Triton kernel's own answer: which gradients were finite."""
+    return ops._run("accumulate_importance_", (gammas, grads), {}, "triton")

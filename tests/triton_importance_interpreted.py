@@ -20,6 +20,7 @@ from .test_ops import (  # noqa: F401
     test_eight_bit_codes_are_the_ceiling_of_28_z,
     test_importance_keeps_relative_precision_of_small_values,
 )
+from .triton_cases import fold
 
 DEFAULT = importance.Tiling()
 # Tensors of a few hundred elements then have many tiles, and a few of them make many groups.
@@ -71,7 +72,7 @@ def assert_equals_the_oracle(grads, gammas, codes):
 def accumulate_both(grads):
     """(gammas, codes) of one call that takes both dtypes of gamma, so two launches."""
     gammas, codes = zeros(grads, torch.float32), zeros(grads, torch.uint8)
-    finite = importance.accumulate_importance_(gammas + codes, grads + grads)
+    finite = fold(gammas + codes, grads + grads)
     assert finite.dtype == torch.bool and finite.tolist() == [True] * (2 * len(grads))
     return gammas, codes
 
@@ -159,10 +160,10 @@ def test_a_running_maximum_and_folding_twice_changes_no_bit(use, gamma_dtype):
     for task in range(2):
         grads = [gradient(n, torch.float32, "normal", seed=100 * task) for n in SIZES]
         own = zeros(grads, gamma_dtype)
-        importance.accumulate_importance_(own, grads)
+        fold(own, grads)
         expected = [torch.maximum(e, o) for e, o in zip(expected, own)]
         for _ in range(2):
-            importance.accumulate_importance_(gammas, grads)
+            fold(gammas, grads)
             assert all(torch.equal(gamma, e) for gamma, e in zip(gammas, expected))
 
 
@@ -178,7 +179,7 @@ def test_a_non_finite_gradient_is_flagged_and_its_gamma_untouched(use, bad, floa
             grads[tensor][element] = bad
         gammas = [torch.full(grad.shape, 0.25) for grad in grads]
         codes = [torch.full(grad.shape, 9, dtype=torch.uint8) for grad in grads]
-        finite = importance.accumulate_importance_(gammas + codes, grads + grads)
+        finite = fold(gammas + codes, grads + grads)
         assert finite.tolist() == [i not in places for i in range(len(grads))] * 2
         for i, (gamma, code) in enumerate(zip(gammas, codes)):
             if i in places:
@@ -198,7 +199,7 @@ def test_misaligned_views_and_mixed_dtypes_in_one_call(use):
             grads.append(gradient(n + i, dtype, "normal", seed=i)[i % 2:])
             gammas.append(torch.zeros(n + 8, dtype=gamma_dtype)[i % 3:][:grads[-1].numel()])
     assert any(grad.data_ptr() % 16 for grad in grads)
-    assert importance.accumulate_importance_(gammas, grads).all()
+    assert fold(gammas, grads).all()
     for grad, gamma in zip(grads, gammas):
         own = reference.decode(gamma) if gamma.dtype == torch.uint8 else gamma
         exact = oracle.importance(grad)

@@ -63,7 +63,7 @@ def test_misaligned_views_share_a_call_with_aligned_tensors(op, settings):
         return torch.cat([t.new_zeros(1), t.flatten()])[1:] if t.dim() else t
 
     lists = tuple([shifted(t) if i % 2 else t for i, t in enumerate(tensors)] for tensors in lists)
-    pieces = plans.take(op, lists).pieces(lists)
+    pieces = plans.PLANS.make(op, lists).launch.pieces(lists)
     assert [(piece.aligned, len(piece.sizes)) for piece in pieces] == [(True, 2), (False, 2)]
     for arguments in (lists, aligned):
         getattr(spg_kernels, op)(*arguments, **settings, backend="triton")
@@ -98,7 +98,7 @@ def test_any_dense_layout_that_all_tensors_share_is_taken(monkeypatch):
         lists = inputs("masked_adamw_", torch.float32, torch.float32, "float32", [shape, shape])
         lists = tuple([change(t) if t.dim() else t for t in tensors] for tensors in lists)
         twin = copies(lists)
-        assert not plans.check("masked_adamw_", lists)
+        assert not plans.PLANS.make("masked_adamw_", lists).refused
         spg_kernels.masked_adamw_(*lists, lr=0.1, backend="triton")
         reference.masked_adamw_(*twin, lr=0.1)
         assert all(torch.allclose(a, b, atol=1e-6) for ours, theirs in zip(lists, twin) for a, b in zip(ours, theirs))
@@ -114,11 +114,11 @@ def test_what_no_kernel_takes_is_refused_with_a_reason():
         "meta": ([p.to("meta")], [torch.rand(6, 6)]),
     }
     for word, lists in cases.items():
-        (reason,) = plans.check("soft_mask_", lists).values()
+        (reason,) = plans.PLANS.make("soft_mask_", lists).refused.values()
         assert word in reason, reason
     with pytest.raises(spg_kernels.BackendError, match="float64"):
         spg_kernels.soft_mask_(*cases["float64"], backend="triton")
-    refused = plans.check("masked_sgd_", ([p, p], [p, p.bfloat16()], [torch.rand(6, 6)] * 2, [p, p]))
+    refused = plans.PLANS.make("masked_sgd_", ([p, p], [p, p.bfloat16()], [torch.rand(6, 6)] * 2, [p, p])).refused
     assert list(refused) == [1] and "bfloat16" in refused[1]
 
 
@@ -223,7 +223,7 @@ def test_step_counts_on_the_device_give_the_same_step(monkeypatch, count):
     twin = copies(lists)
     spg_kernels.masked_adamw_(*lists, lr=0.1, backend="triton")
     monkeypatch.setattr(plans, "on_host", lambda step: False)
-    monkeypatch.setattr(plans, "_plans", {})
+    monkeypatch.setattr(plans.PLANS, "_plans", {})
     spg_kernels.masked_adamw_(*twin, lr=0.1, backend="triton")
     assert equal(lists, twin)
     assert [s.item() for s in twin[6]] == [count + 1, count + 2, count + 3]

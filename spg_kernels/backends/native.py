@@ -1,6 +1,6 @@
 """The CPU backend: `csrc/` as a plain shared library, called through ctypes.
 
-Every call passes arrays of addresses; what C++ assumes about the memory behind them is checked in `refusals`.
+Every call passes arrays of addresses; what C++ assumes about the memory behind them is checked when a plan is made.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .plans import Plans
+from .plans import Plans, is_one_value
 
 DEVICE_TYPES = ("cpu",)
 ABI_VERSION = 1
@@ -59,26 +59,16 @@ def describe() -> str:
     return f"{library.spg_isa().decode()}, {threads}"
 
 
-class _Call:
+class _Launch:
     """What C++ is told of a call's tensors besides their addresses: sizes, and the dtype codes of each list."""
 
     def __init__(self, op: str, named: dict[str, list[Tensor]]):
         self.numel = array("q", [t.numel() for t in next(iter(named.values()))])
-        one_value_allowed = op != "accumulate_importance_"
-        self.codes = {name: array("i", [_code(t, one_value_allowed and name == "gammas") for t in tensors])
-                      for name, tensors in named.items()}
+        self.codes = {name: array("i", [_ONE_VALUE if name == "gammas" and is_one_value(op, t) else _CODES[t.dtype]
+                                        for t in tensors]) for name, tensors in named.items()}
 
 
-def _code(tensor: Tensor, one_value_allowed: bool) -> int:
-    return _ONE_VALUE if one_value_allowed and tensor.dim() == 0 and tensor.dtype == torch.float32 else _CODES[tensor.dtype]
-
-
-_plans = Plans("cpu", _Call)
-
-
-def refusals(op: str, lists: tuple[list[Tensor], ...]) -> dict[int, str]:
-    """The indices whose tensors C++ cannot take, and why: type, dtype, device or memory layout."""
-    return _plans.check(op, lists)
+PLANS = Plans("cpu", _Launch)
 
 
 def _address(values: array | Tensor | None) -> int | None:
@@ -87,45 +77,41 @@ def _address(values: array | Tensor | None) -> int | None:
     return values.data_ptr() if isinstance(values, Tensor) else values.buffer_info()[0]
 
 
-def _invoke(function: str, call: _Call, codes_and_tensors: tuple[str | list[Tensor] | Tensor, ...], *scalars) -> None:
+def _invoke(function: str, launch: _Launch, codes_and_tensors: tuple[str | list[Tensor] | Tensor, ...], *scalars) -> None:
     """Call C++ with, in order, the dtype codes of a list (by its name), or the addresses of its tensors."""
-    arrays = [call.codes.get(x) if isinstance(x, str) else x if isinstance(x, Tensor) else
+    arrays = [launch.codes.get(x) if isinstance(x, str) else x if isinstance(x, Tensor) else
               array("Q", map(Tensor.data_ptr, x)) if x else None for x in codes_and_tensors]
-    status = getattr(_load()[0], function)(len(call.numel), _address(call.numel), *map(_address, arrays), *scalars,
+    status = getattr(_load()[0], function)(len(launch.numel), _address(launch.numel), *map(_address, arrays), *scalars,
                                            torch.get_num_threads())
     if status == 1:
         raise MemoryError(f"{function}: no memory for its work list")
     if status:
-        raise RuntimeError(f"{function}: status {status}")  # a dtype that refusals let through: ours to mend
+        raise RuntimeError(f"{function}: status {status}")  # a dtype that a plan let through: ours to mend
 
 
-def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
-    call = _plans.take("accumulate_importance_", (gammas, grads))
+def accumulate_importance_(launch: _Launch, gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
     finite = torch.empty(len(grads), dtype=torch.bool, device="cpu")
-    _invoke("spg_accumulate_importance", call, ("gammas", gammas, "grads", grads, finite))
+    _invoke("spg_accumulate_importance", launch, ("gammas", gammas, "grads", grads, finite))
     return finite
 
 
-def soft_mask_(grads: list[Tensor], gammas: list[Tensor]) -> None:
-    call = _plans.take("soft_mask_", (grads, gammas))
-    _invoke("spg_soft_mask", call, ("grads", grads, "gammas", gammas))
+def soft_mask_(launch: _Launch, grads: list[Tensor], gammas: list[Tensor]) -> None:
+    _invoke("spg_soft_mask", launch, ("grads", grads, "gammas", gammas))
 
 
-def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Tensor]) -> None:
-    call = _plans.take("update_mask_", (params, old_params, gammas))
-    _invoke("spg_update_mask", call, ("params", params, old_params, "gammas", gammas))
+def update_mask_(launch: _Launch, params: list[Tensor], old_params: list[Tensor], gammas: list[Tensor]) -> None:
+    _invoke("spg_update_mask", launch, ("params", params, old_params, "gammas", gammas))
 
 
-def masked_sgd_(params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0,
-                nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
-    call = _plans.take("masked_sgd_", (params, grads, gammas, momentum_buffers))
-    _invoke("spg_masked_sgd", call, ("params", params, grads, "gammas", gammas, "momentum_buffers", momentum_buffers),
+def masked_sgd_(launch: _Launch, params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, dampening=0.0,
+                weight_decay=0.0, nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
+    _invoke("spg_masked_sgd", launch, ("params", params, grads, "gammas", gammas, "momentum_buffers", momentum_buffers),
             float(lr), momentum, dampening, weight_decay, nesterov, maximize, is_first_step, mask == "gradient")
 
 
-def masked_adamw_(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *, lr, beta1=0.9, beta2=0.999,
-                  eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False, mask="update") -> None:
-    call = _plans.take("masked_adamw_", (params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps))
-    _invoke("spg_masked_adamw", call,
+def masked_adamw_(launch: _Launch, params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *, lr,
+                  beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False,
+                  mask="update") -> None:
+    _invoke("spg_masked_adamw", launch,
             ("params", params, grads, "gammas", gammas, "exp_avgs", exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps),
             float(lr), beta1, beta2, eps, weight_decay, decoupled, maximize, mask == "gradient")

@@ -35,12 +35,15 @@ class Plan:
     def __init__(self, op: str, lists: tuple[list[Tensor], ...], device_type: str, build: Callable):
         # A list may be empty (no momentum, no amsgrad); the others are parallel to the first.
         named = {name: tensors for name, tensors in zip(LISTS[op], lists) if tensors}
-        reasons = ((i, _refusal({name: tensors[i] for name, tensors in named.items()}, device_type))
+        reasons = ((i, _refusal(op, {name: tensors[i] for name, tensors in named.items()}, device_type))
                    for i in range(len(lists[0])))
         self.refused: dict[int, str] = {i: reason for i, reason in reasons if reason}
         self.launch: Any = None if self.refused else build(op, named)
         # Whether other tensors are like these; no reference to a tensor stays.
         self.holds = None if self.refused else _guard(list(itertools.chain(*lists)))
+
+    def first_refusal(self) -> tuple[int, str]:
+        return next(iter(self.refused.items()))
 
 
 class Plans:
@@ -51,25 +54,24 @@ class Plans:
         self.build = build
         self._plans: dict[tuple, list[Plan]] = {}
 
-    def check(self, op: str, lists: tuple[list[Tensor], ...]) -> dict[int, str]:
-        """The indices of tensors that cannot be taken, and why."""
-        return self._plan(op, lists).refused
-
-    def take(self, op: str, lists: tuple[list[Tensor], ...]) -> Any:
-        """What `build` made of these tensors. Guarded once more, so that no launch ever runs on another call's plan."""
-        return self._plan(op, lists).launch
-
-    def _plan(self, op: str, lists: tuple[list[Tensor], ...]) -> Plan:
+    def known(self, op: str, lists: tuple[list[Tensor], ...]) -> Plan | None:
+        """The plan of an earlier call whose tensors were like these in all but their addresses and numbers."""
         tensors = list(itertools.chain(*lists))
-        known = self._plans.setdefault((op, *map(len, lists)), [])
-        for plan in known:
-            if plan.holds(tensors):
-                return plan
+        return next((plan for plan in self._plans.get((op, *map(len, lists)), ()) if plan.holds(tensors)), None)
+
+    def make(self, op: str, lists: tuple[list[Tensor], ...]) -> Plan:
+        """A plan for these tensors, of which none is known; `known` from now on, unless it refuses some."""
         plan = Plan(op, lists, self.device_type, self.build)
         if not plan.refused:
+            known = self._plans.setdefault((op, *map(len, lists)), [])
             known.insert(0, plan)
             del known[_PLANS_PER_KEY:]
         return plan
+
+
+def is_one_value(op: str, gamma: Tensor) -> bool:
+    """Whether a gamma is one value for a whole tensor. Where importance is folded in, it is a tensor of one element."""
+    return op != "accumulate_importance_" and gamma.dim() == 0 and gamma.dtype == torch.float32
 
 
 def _guard(tensors: list[Tensor]) -> Callable[[list[Tensor]], bool]:
@@ -86,7 +88,7 @@ def _describe(tensors: list[Tensor]) -> list[tuple]:
     return [(type(t), t.layout, t.layout == torch.strided and (t.dtype, t.device, t.shape, t.stride())) for t in tensors]
 
 
-def _refusal(tensors: dict[str, Tensor], device_type: str) -> str | None:
+def _refusal(op: str, tensors: dict[str, Tensor], device_type: str) -> str | None:
     first = next(t for name, t in tensors.items() if name != "gammas")
     states = {t.dtype for name, t in tensors.items() if name in STATES}
     for name, tensor in tensors.items():
@@ -103,7 +105,7 @@ def _refusal(tensors: dict[str, Tensor], device_type: str) -> str | None:
         if name == "gammas":
             if tensor.dtype not in (torch.float32, torch.uint8):
                 return f"has {name} of {tensor.dtype}"
-            if tensor.dim() == 0 and tensor.dtype == torch.float32:
+            if is_one_value(op, tensor):
                 continue
         elif tensor.dtype not in DTYPES:
             return f"has {name} of {tensor.dtype}"

@@ -144,8 +144,8 @@ def update_mask_kernel(params, old_params, gammas, keeps, chunks, items, PARAM: 
             _update_mask_block(param, old, gamma, whole + lanes, count, one_value, value, keeps, True)
 
 
-def _mask(kernel, op: str, lists: tuple[list[Tensor], ...]) -> None:
-    for piece in plans.take(op, lists).pieces(lists):
+def _mask(kernel, launches: plans.Launches, *lists: list[Tensor]) -> None:
+    for piece in launches.pieces(lists):
         group = piece.group
         with launch.on(group.device):
             place = launch.here(group.device)
@@ -159,9 +159,9 @@ def _mask(kernel, op: str, lists: tuple[list[Tensor], ...]) -> None:
                     enable_fp_fusion=launch.FP_FUSION)
 
 
-def soft_mask_(grads: list[Tensor], gammas: list[Tensor]) -> None:
-    _mask(soft_mask_kernel, "soft_mask_", (grads, gammas))
+def soft_mask_(launches: plans.Launches, grads: list[Tensor], gammas: list[Tensor]) -> None:
+    _mask(soft_mask_kernel, launches, grads, gammas)
 
 
-def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Tensor]) -> None:
-    _mask(update_mask_kernel, "update_mask_", (params, old_params, gammas))
+def update_mask_(launches: plans.Launches, params: list[Tensor], old_params: list[Tensor], gammas: list[Tensor]) -> None:
+    _mask(update_mask_kernel, launches, params, old_params, gammas)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, plans
 
 # What a work item asks for; the host builds items as tile << 32 | tensor << 2 | kind.
 STATISTICS, FOLD, BOTH = (tl.constexpr(kind) for kind in range(3))
@@ -351,45 +351,34 @@ def _programs(place: launch.Place, items: int) -> int:
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
 
 
-def _accumulate_on(device: torch.device, gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
-    """One launch for each pair of dtypes and alignment, all tensors on `device`."""
-    launches: dict[tuple, list[int]] = {}
-    for i, (gamma, grad) in enumerate(zip(gammas, grads, strict=True)):
-        aligned = (gamma.data_ptr() | grad.data_ptr()) % 16 == 0
-        launches.setdefault((grad.dtype, gamma.dtype, aligned), []).append(i)
-    tiling = tiling_of(device)
-    options = launch_options(launch.warps(device), device.type == "cuda" and not torch.version.hip)
-    finite = torch.empty(len(grads), dtype=torch.uint8, device=device)
-    with launch.on(device):
-        place = launch.here(device)
-        for (grad_dtype, gamma_dtype, aligned), slots in launches.items():
-            sizes, slots = tuple(grads[i].numel() for i in slots), tuple(slots)
-            items = launch.cached(place, ("importance items", sizes, grad_dtype.itemsize, tiling),
-                                  lambda: work_items(sizes, grad_dtype.itemsize, tiling))
-            tensors = launch.cached(place, ("importance tensors", sizes, slots, tiling.tile),
-                                    lambda: _tensor_table(sizes, slots, tiling.tile))
-            tiles = sum(-(-size // tiling.tile) for size in sizes)
-            accumulate_importance_kernel[(_programs(place, items.numel()),)](
-                items, items.numel(), tensors, len(slots),
-                launch.table(place, tuple(grads[i].data_ptr() for i in slots)),
-                launch.table(place, tuple(gammas[i].data_ptr() for i in slots)),
-                finite, launch.workspace(place, "importance", 1 + len(slots)).view(torch.int32),
-                torch.empty(2 * tiles, dtype=torch.float64, device=device),
-                torch.empty(4 * len(slots), dtype=torch.float32, device=device),
-                **kernel_constants(grad_dtype, gamma_dtype, aligned, tiling), **options)
-    return finite.view(torch.bool)
+def _accumulate(piece: plans.Piece, finite: Tensor) -> None:
+    """One launch. `finite`, uint8, has an entry for each tensor of the call."""
+    group = piece.group
+    gammas, grads = piece.columns
+    tiling = tiling_of(group.device)
+    options = launch_options(launch.warps(group.device), group.device.type == "cuda" and not torch.version.hip)
+    with launch.on(group.device):
+        place = launch.here(group.device)
+        items = launch.cached(place, ("importance items", piece.sizes, group.dtype.itemsize, tiling),
+                              lambda: work_items(piece.sizes, group.dtype.itemsize, tiling))
+        tensors = launch.cached(place, ("importance tensors", piece.sizes, piece.indices, tiling.tile),
+                                lambda: _tensor_table(piece.sizes, piece.indices, tiling.tile))
+        tiles = sum(-(-size // tiling.tile) for size in piece.sizes)
+        accumulate_importance_kernel[(_programs(place, items.numel()),)](
+            items, items.numel(), tensors, len(piece.sizes), launch.table(place, grads), launch.table(place, gammas),
+            finite, launch.workspace(place, "importance", 1 + len(piece.sizes)).view(torch.int32),
+            torch.empty(2 * tiles, dtype=torch.float64, device=group.device),
+            torch.empty(4 * len(piece.sizes), dtype=torch.float32, device=group.device),
+            **kernel_constants(group.dtype, group.gamma, piece.aligned, tiling), **options)
 
 
-def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
+def accumulate_importance_(launches: plans.Launches, gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
     """gamma <- max(gamma, a), in place. Returns a bool per tensor: False where a gradient is not finite, gamma untouched."""
-    by_device: dict[torch.device, list[int]] = {}
-    for i, grad in enumerate(grads):
-        by_device.setdefault(grad.device, []).append(i)
-    parts = [_accumulate_on(device, [gammas[i] for i in indices], [grads[i] for i in indices])
-             for device, indices in by_device.items()]
-    if len(parts) == 1:
-        return parts[0]
-    finite = torch.empty(len(grads), dtype=torch.bool, device=grads[0].device)
-    for indices, part in zip(by_device.values(), parts):
-        finite[indices] = part.to(finite.device)
+    flags = {group.device: torch.empty(len(grads), dtype=torch.uint8, device=group.device) for group in launches.groups}
+    for piece in launches.pieces((gammas, grads)):
+        _accumulate(piece, flags[piece.group.device])
+    finite = flags[grads[0].device].view(torch.bool)
+    for group in launches.groups:
+        if group.device != finite.device:
+            finite[list(group.indices)] = flags[group.device].view(torch.bool)[list(group.indices)].to(finite.device)
     return finite

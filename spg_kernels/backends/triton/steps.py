@@ -166,10 +166,9 @@ def _rate(lr: float | Tensor, device: torch.device) -> tuple[float | Tensor, boo
     return lr, True
 
 
-def masked_sgd_(params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0,
-                nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
-    lists = (params, grads, gammas, momentum_buffers)
-    for piece in plans.take("masked_sgd_", lists).pieces(lists):
+def masked_sgd_(launches: plans.Launches, params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, dampening=0.0,
+                weight_decay=0.0, nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
+    for piece in launches.pieces((params, grads, gammas, momentum_buffers)):
         group = piece.group
         with launch.on(group.device):
             place = launch.here(group.device)
@@ -187,11 +186,10 @@ def masked_sgd_(params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, da
                 num_warps=launch.warps(group.device), enable_fp_fusion=launch.FP_FUSION)
 
 
-def masked_adamw_(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *, lr, beta1=0.9, beta2=0.999,
-                  eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False, mask="update") -> None:
-    lists = (params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
-    plan = plans.take("masked_adamw_", lists)
-    for piece in plan.pieces(lists):
+def masked_adamw_(launches: plans.Launches, params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *, lr,
+                  beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False,
+                  mask="update") -> None:
+    for piece in launches.pieces((params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)):
         group = piece.group
         with launch.on(group.device):
             place = launch.here(group.device)
@@ -211,9 +209,9 @@ def masked_adamw_(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
         # The kernel took the step ahead: whatever raises above leaves the counts as they were.
         for count, value in zip(_host_floats(piece.columns[-1]) if counts else (), counts):
             count.value = value + 1
-    for group in plan.groups:
+    for group in launches.groups:
         if not group.steps_on_host:
-            torch._foreach_add_([state_steps[i] for i in group.indices] if group.indices else list(state_steps), 1.0)
+            torch._foreach_add_([state_steps[i] for i in group.indices], 1.0)
 
 
 def _log(beta: float) -> float:

@@ -1,0 +1,87 @@
+"""What the arguments of each operator must be: errors that name the list, the index, what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+MASKS = ("update", "gradient")
+GAMMA_DTYPES = (torch.float32, torch.uint8)
+
+
+def _check_lists(like: str, tensors: list[Tensor], **others: list[Tensor]) -> None:
+    """Every list in `others` is parallel to `tensors`: as long, same shapes, same devices."""
+    for name, other in others.items():
+        if len(other) != len(tensors):
+            raise ValueError(f"{name}: expected {len(tensors)} tensors, one for each of {like}, got {len(other)}")
+        for i, (tensor, twin) in enumerate(zip(tensors, other)):
+            if twin.shape != tensor.shape:
+                raise ValueError(f"{name}[{i}]: expected shape {tuple(tensor.shape)} of {like}[{i}], got {tuple(twin.shape)}")
+            if twin.device != tensor.device:
+                raise ValueError(f"{name}[{i}]: expected device {tensor.device} of {like}[{i}], got {twin.device}")
+
+
+def check_floating(name: str, tensors: list[Tensor], complex_too: bool = False) -> None:
+    for i, tensor in enumerate(tensors):
+        if not (tensor.is_floating_point() or (complex_too and tensor.is_complex())):
+            raise TypeError(f"{name}[{i}]: expected a floating point tensor, got {tensor.dtype}")
+
+
+def _check_gammas(like: str, tensors: list[Tensor], gammas: list[Tensor], one_value: bool = True) -> None:
+    """gammas[i] has the shape of tensors[i], float32 or 8-bit code; or, if `one_value`, is one 0-d float32 for all of it."""
+    for i, gamma in enumerate(gammas):
+        if gamma.dtype not in GAMMA_DTYPES:
+            raise TypeError(f"gammas[{i}]: expected torch.float32, or torch.uint8 for 8-bit codes, got {gamma.dtype}")
+    elementwise = gammas
+    if one_value and len(gammas) == len(tensors):
+        elementwise = [tensor if gamma.dim() == 0 and gamma.dtype == torch.float32 and gamma.device == tensor.device else gamma
+                       for tensor, gamma in zip(tensors, gammas)]
+    _check_lists(like, tensors, gammas=elementwise)
+
+
+def _check_accumulate(gammas, grads) -> None:
+    check_floating("grads", grads, complex_too=True)
+    _check_gammas("grads", grads, gammas, one_value=False)
+
+
+def _check_soft_mask(grads, gammas) -> None:
+    check_floating("grads", grads, complex_too=True)
+    _check_gammas("grads", grads, gammas)
+
+
+def _check_update_mask(params, old_params, gammas) -> None:
+    check_floating("params", params, complex_too=True)
+    _check_lists("params", params, old_params=old_params)
+    _check_gammas("params", params, gammas)
+    for i, (param, old) in enumerate(zip(params, old_params)):
+        if param.dtype != old.dtype:
+            raise TypeError(f"old_params[{i}]: expected {param.dtype} of params[{i}], got {old.dtype}")
+
+
+def _check_step(params, grads, gammas, **states: list[Tensor]) -> None:
+    check_floating("params", params)
+    _check_lists("params", params, grads=grads, **states)
+    for name, tensors in {"grads": grads, **states}.items():
+        check_floating(name, tensors)
+    _check_gammas("params", params, gammas)
+
+
+def _check_sgd(params, grads, gammas, momentum_buffers) -> None:
+    _check_step(params, grads, gammas, **({"momentum_buffers": momentum_buffers} if momentum_buffers else {}))
+
+
+def _check_adamw(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps) -> None:
+    amsgrad = {"max_exp_avg_sqs": max_exp_avg_sqs} if max_exp_avg_sqs else {}
+    _check_step(params, grads, gammas, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, **amsgrad)
+    if len(state_steps) != len(params):
+        raise ValueError(f"state_steps: expected {len(params)} tensors, one for each of params, got {len(state_steps)}")
+    for i, step in enumerate(state_steps):
+        if step.numel() != 1 or step.dtype != torch.float32:
+            raise TypeError(f"state_steps[{i}]: expected one float32 value, got {step.dtype} of shape {tuple(step.shape)}")
+
+
+CHECKS = {"accumulate_importance_": _check_accumulate, "soft_mask_": _check_soft_mask, "update_mask_": _check_update_mask,
+          "masked_sgd_": _check_sgd, "masked_adamw_": _check_adamw}
+
+
+def check_mask(mask: str) -> None:
+    if mask not in MASKS:
+        raise ValueError(f"mask: expected 'update' or 'gradient', got {mask!r}")
