@@ -6,7 +6,8 @@ Every operator works on lists of tensors, one call for a whole model, in place, 
 - `DEVICE_TYPES`: where its tensors live,
 - `unavailable() -> str | None`: what is missing here, None if it runs,
 - `PLANS`: which tensors it takes and what it keeps of them from call to call (`backends/plans.py`),
-- one function for each operator: its twin in `reference.py`, with a plan's `launch` before the lists.
+- one function for each operator: `(launch, addresses, lists, **settings)`, a plan's launch, the addresses of all tensors, and
+  what its twin in `reference.py` takes.
 """
 
 import functools
@@ -20,8 +21,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import reference
-from .backends.plans import Plan
+from .backends.plans import LISTS, Lists, Plan, addresses_of
 from .checks import CHECKS, GAMMA_DTYPES, MASKS, check_floating, check_mask  # noqa: F401
+from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma  # noqa: F401  (importance.py reads gammas through this room)
 
 log = logging.getLogger("spg_kernels")
@@ -78,7 +80,7 @@ def resolve(backend: str, device_type: str) -> ModuleType:
     return backend_module(backend)
 
 
-def choose(op: str, lists: tuple[list[Tensor], ...], backend: str) -> tuple[ModuleType, Plan | None]:
+def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None]:
     """The backend that will run `op`, with its plan for these tensors; the reference needs none.
 
     Raises:
@@ -97,17 +99,22 @@ def choose(op: str, lists: tuple[list[Tensor], ...], backend: str) -> tuple[Modu
     return chosen, plan
 
 
-def _execute(op: str, lists: tuple[list[Tensor], ...], kwargs: dict, backend: str):
+def _execute(op: str, lists: Lists, kwargs: dict, backend: str):
     """Run `op` on the chosen backend; under "auto", tensors it cannot take go to the reference."""
     if not lists[0]:
         CHECKS[op](*lists)
         return reference.accumulate_importance_([], []) if op == "accumulate_importance_" else None
     chosen, plan = choose(op, lists, backend)
+    if plan and not plan.refused:
+        addresses = addresses_of(lists)
+        if not plan.is_disjoint(addresses):
+            _check_memory(op, lists)
+            plan.remember_disjoint(addresses)
+        return getattr(chosen, op)(plan.launch, addresses, lists, **kwargs)
+    _check_memory(op, lists)
     if plan is None:
         with torch.no_grad():
             return getattr(reference, op)(*lists, **kwargs)
-    if not plan.refused:
-        return getattr(chosen, op)(plan.launch, *lists, **kwargs)
     log.debug("%s: %d of %d tensors take the reference, the first (%d) because it %s",
               op, len(plan.refused), len(lists[0]), *plan.first_refusal())
     taken = [i for i in range(len(lists[0])) if i not in plan.refused]
@@ -119,6 +126,12 @@ def _execute(op: str, lists: tuple[list[Tensor], ...], kwargs: dict, backend: st
     for part, result in results:
         merged[part] = result
     return merged
+
+
+def _check_memory(op: str, lists: Lists) -> None:
+    """What is written shares no memory with anything else of the call."""
+    named = list(zip(LISTS[op], lists))
+    check_disjoint(dict(named[i] for i in _MUTATED[op]), dict(named[i] for i in range(len(named)) if i not in _MUTATED[op]))
 
 
 _SGD = ("float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, bool maximize=False, "
@@ -143,7 +156,7 @@ _MUTATED = {op: [i for i, argument in enumerate(schema.split(", ")) if "!" in ar
 _LIBRARY = torch.library.Library("spg_kernels", "DEF")
 
 
-def _run(op: str, lists: tuple[list[Tensor], ...], kwargs: dict, backend: str):
+def _run(op: str, lists: Lists, kwargs: dict, backend: str):
     """Run `op` now, and tell autograd what was written."""
     result = _execute(op, lists, kwargs, backend)
     # Kernels write through raw pointers, which it cannot see.
@@ -169,7 +182,7 @@ class Call(NamedTuple):
     """A masked optimizer step over lists that are known to match: one parameter group's."""
 
     op: str
-    lists: tuple[list[Tensor], ...]
+    lists: Lists
     settings: dict
 
 
@@ -192,7 +205,7 @@ def try_calls(calls: list[Call], common: dict, backend: str) -> bool:
             return False
         ready.append((getattr(chosen, op), plan.launch, lists, settings))
     for run, launch, lists, settings in ready:
-        run(launch, *lists, **settings, **common)
+        run(launch, addresses_of(lists), lists, **settings, **common)
         # Of what a step writes, a graph can only have saved the parameters.
         torch.autograd.graph.increment_version(lists[0])
     return True

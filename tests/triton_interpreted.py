@@ -10,6 +10,7 @@ import torch
 import spg_kernels
 from spg_kernels import ops, reference
 from spg_kernels.backends import plans as backend_plans
+from spg_kernels.backends.plans import addresses_of
 from spg_kernels.backends.triton import elementwise, launch, plans, steps
 
 # What every backend is held to, with `backend` below.
@@ -63,7 +64,7 @@ def test_misaligned_views_share_a_call_with_aligned_tensors(op, settings):
         return torch.cat([t.new_zeros(1), t.flatten()])[1:] if t.dim() else t
 
     lists = tuple([shifted(t) if i % 2 else t for i, t in enumerate(tensors)] for tensors in lists)
-    pieces = plans.PLANS.make(op, lists).launch.pieces(lists)
+    pieces = plans.PLANS.make(op, lists).launch.pieces(addresses_of(lists))
     assert [(piece.aligned, len(piece.sizes)) for piece in pieces] == [(True, 2), (False, 2)]
     for arguments in (lists, aligned):
         getattr(spg_kernels, op)(*arguments, **settings, backend="triton")

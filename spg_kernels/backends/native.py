@@ -1,10 +1,11 @@
 """The CPU backend: `csrc/` as a plain shared library, called through ctypes.
 
-Every call passes arrays of addresses; what C++ assumes about the memory behind them is checked when a plan is made.
+Every call passes addresses; what C++ assumes about the memory behind them is checked when a plan is made.
 """
 
 import ctypes
 import functools
+import itertools
 from array import array
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .plans import Plans, is_one_value
+from .plans import Lists, Plans, is_one_value
 
 DEVICE_TYPES = ("cpu",)
 ABI_VERSION = 1
@@ -27,6 +28,15 @@ _SIGNATURES = {
     "spg_update_mask": [c_int64] + [c_void_p] * 6 + [c_int32],
     "spg_masked_sgd": [c_int64] + [c_void_p] * 8 + [c_double] * 4 + [c_int32] * 5,
     "spg_masked_adamw": [c_int64] + [c_void_p] * 11 + [c_double] * 5 + [c_int32] * 4,
+}
+# What they take between the sizes and the scalars: a list's dtype codes, or its addresses.
+_ARGUMENTS = {
+    "accumulate_importance_": ("gammas:code", "gammas", "grads:code", "grads"),
+    "soft_mask_": ("grads:code", "grads", "gammas:code", "gammas"),
+    "update_mask_": ("params:code", "params", "old_params", "gammas:code", "gammas"),
+    "masked_sgd_": ("params:code", "params", "grads", "gammas:code", "gammas", "momentum_buffers:code", "momentum_buffers"),
+    "masked_adamw_": ("params:code", "params", "grads", "gammas:code", "gammas", "exp_avgs:code", "exp_avgs", "exp_avg_sqs",
+                      "max_exp_avg_sqs", "state_steps"),
 }
 
 
@@ -60,58 +70,58 @@ def describe() -> str:
 
 
 class _Launch:
-    """What C++ is told of a call's tensors besides their addresses: sizes, and the dtype codes of each list."""
+    """A call of one C++ function: what it is told of the tensors besides their addresses, and where those stand."""
 
     def __init__(self, op: str, named: dict[str, list[Tensor]]):
-        self.numel = array("q", [t.numel() for t in next(iter(named.values()))])
-        self.codes = {name: array("i", [_ONE_VALUE if name == "gammas" and is_one_value(op, t) else _CODES[t.dtype]
-                                        for t in tensors]) for name, tensors in named.items()}
+        self._function = getattr(_load()[0], f"spg_{op[:-1]}")
+        self._numel = array("q", [t.numel() for t in next(iter(named.values()))])
+        self._codes = {name: array("i", [_ONE_VALUE if name == "gammas" and is_one_value(op, t) else _CODES[t.dtype]
+                                         for t in tensors]) for name, tensors in named.items()}
+        starts = dict(zip(named, itertools.accumulate(map(len, named.values()), initial=0)))
+        # (True, a place among the addresses of a call, in bytes) or (False, an address; None for a list that is empty)
+        self._arguments: list[tuple[bool, int | None]] = []
+        for argument in _ARGUMENTS[op]:
+            name, _, is_code = argument.partition(":")
+            if name not in named:
+                self._arguments.append((False, None))
+            elif is_code:
+                self._arguments.append((False, self._codes[name].buffer_info()[0]))
+            else:
+                self._arguments.append((True, starts[name] * 8))
+
+    def __call__(self, addresses: array, *scalars) -> None:
+        base = addresses.buffer_info()[0]
+        status = self._function(len(self._numel), self._numel.buffer_info()[0],
+                                *[base + value if is_offset else value for is_offset, value in self._arguments],
+                                *scalars, torch.get_num_threads())
+        if status == 1:
+            raise MemoryError(f"{self._function.__name__}: no memory for its work list")
+        if status:  # a dtype that a plan let through: ours to mend
+            raise RuntimeError(f"{self._function.__name__}: status {status}")
 
 
 PLANS = Plans("cpu", _Launch)
 
 
-def _address(values: array | Tensor | None) -> int | None:
-    if values is None:
-        return None
-    return values.data_ptr() if isinstance(values, Tensor) else values.buffer_info()[0]
-
-
-def _invoke(function: str, launch: _Launch, codes_and_tensors: tuple[str | list[Tensor] | Tensor, ...], *scalars) -> None:
-    """Call C++ with, in order, the dtype codes of a list (by its name), or the addresses of its tensors."""
-    arrays = [launch.codes.get(x) if isinstance(x, str) else x if isinstance(x, Tensor) else
-              array("Q", map(Tensor.data_ptr, x)) if x else None for x in codes_and_tensors]
-    status = getattr(_load()[0], function)(len(launch.numel), _address(launch.numel), *map(_address, arrays), *scalars,
-                                           torch.get_num_threads())
-    if status == 1:
-        raise MemoryError(f"{function}: no memory for its work list")
-    if status:
-        raise RuntimeError(f"{function}: status {status}")  # a dtype that a plan let through: ours to mend
-
-
-def accumulate_importance_(launch: _Launch, gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
-    finite = torch.empty(len(grads), dtype=torch.bool, device="cpu")
-    _invoke("spg_accumulate_importance", launch, ("gammas", gammas, "grads", grads, finite))
+def accumulate_importance_(launch: _Launch, addresses: array, lists: Lists) -> Tensor:
+    finite = torch.empty(len(lists[0]), dtype=torch.bool, device="cpu")
+    launch(addresses, finite.data_ptr())
     return finite
 
 
-def soft_mask_(launch: _Launch, grads: list[Tensor], gammas: list[Tensor]) -> None:
-    _invoke("spg_soft_mask", launch, ("grads", grads, "gammas", gammas))
+def soft_mask_(launch: _Launch, addresses: array, lists: Lists) -> None:
+    launch(addresses)
 
 
-def update_mask_(launch: _Launch, params: list[Tensor], old_params: list[Tensor], gammas: list[Tensor]) -> None:
-    _invoke("spg_update_mask", launch, ("params", params, old_params, "gammas", gammas))
+def update_mask_(launch: _Launch, addresses: array, lists: Lists) -> None:
+    launch(addresses)
 
 
-def masked_sgd_(launch: _Launch, params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, dampening=0.0,
-                weight_decay=0.0, nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
-    _invoke("spg_masked_sgd", launch, ("params", params, grads, "gammas", gammas, "momentum_buffers", momentum_buffers),
-            float(lr), momentum, dampening, weight_decay, nesterov, maximize, is_first_step, mask == "gradient")
+def masked_sgd_(launch: _Launch, addresses: array, lists: Lists, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0,
+                nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
+    launch(addresses, float(lr), momentum, dampening, weight_decay, nesterov, maximize, is_first_step, mask == "gradient")
 
 
-def masked_adamw_(launch: _Launch, params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *, lr,
-                  beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False,
-                  mask="update") -> None:
-    _invoke("spg_masked_adamw", launch,
-            ("params", params, grads, "gammas", gammas, "exp_avgs", exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps),
-            float(lr), beta1, beta2, eps, weight_decay, decoupled, maximize, mask == "gradient")
+def masked_adamw_(launch: _Launch, addresses: array, lists: Lists, *, lr, beta1=0.9, beta2=0.999, eps=1e-8,
+                  weight_decay=1e-2, decoupled=True, maximize=False, mask="update") -> None:
+    launch(addresses, float(lr), beta1, beta2, eps, weight_decay, decoupled, maximize, mask == "gradient")

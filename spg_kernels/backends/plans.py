@@ -5,6 +5,7 @@ guard that compares all of it in one call into torch's C++. Addresses are no par
 """
 
 import itertools
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +25,17 @@ LISTS = {
     "masked_sgd_": ("params", "grads", "gammas", "momentum_buffers"),
     "masked_adamw_": ("params", "grads", "gammas", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
 }
+Lists = tuple[list[Tensor], ...]
 STATES = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 _PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere: DTensor, FakeTensor
 _PLANS_PER_KEY = 16
+_ADDRESSES_PER_PLAN = 64
 
 
 class Plan:
     """One call's tensors: the reasons why some cannot be taken, or what `build` makes of them for the launch."""
 
-    def __init__(self, op: str, lists: tuple[list[Tensor], ...], device_type: str, build: Callable):
+    def __init__(self, op: str, lists: Lists, device_type: str, build: Callable):
         # A list may be empty (no momentum, no amsgrad); the others are parallel to the first.
         named = {name: tensors for name, tensors in zip(LISTS[op], lists) if tensors}
         reasons = ((i, _refusal(op, {name: tensors[i] for name, tensors in named.items()}, device_type))
@@ -41,6 +44,16 @@ class Plan:
         self.launch: Any = None if self.refused else build(op, named)
         # Whether other tensors are like these; no reference to a tensor stays.
         self.holds = None if self.refused else _guard(list(itertools.chain(*lists)))
+        self._disjoint_at: set[bytes] = set()
+
+    def is_disjoint(self, addresses: array) -> bool:
+        """Whether tensors like these, at these addresses, are known to share no memory with what the call writes."""
+        return addresses.tobytes() in self._disjoint_at
+
+    def remember_disjoint(self, addresses: array) -> None:
+        if len(self._disjoint_at) == _ADDRESSES_PER_PLAN:
+            self._disjoint_at.clear()
+        self._disjoint_at.add(addresses.tobytes())
 
     def first_refusal(self) -> tuple[int, str]:
         return next(iter(self.refused.items()))
@@ -54,12 +67,12 @@ class Plans:
         self.build = build
         self._plans: dict[tuple, list[Plan]] = {}
 
-    def known(self, op: str, lists: tuple[list[Tensor], ...]) -> Plan | None:
+    def known(self, op: str, lists: Lists) -> Plan | None:
         """The plan of an earlier call whose tensors were like these in all but their addresses and numbers."""
         tensors = list(itertools.chain(*lists))
         return next((plan for plan in self._plans.get((op, *map(len, lists)), ()) if plan.holds(tensors)), None)
 
-    def make(self, op: str, lists: tuple[list[Tensor], ...]) -> Plan:
+    def make(self, op: str, lists: Lists) -> Plan:
         """A plan for these tensors, of which none is known; `known` from now on, unless it refuses some."""
         plan = Plan(op, lists, self.device_type, self.build)
         if not plan.refused:
@@ -67,6 +80,11 @@ class Plans:
             known.insert(0, plan)
             del known[_PLANS_PER_KEY:]
         return plan
+
+
+def addresses_of(lists: Lists) -> array:
+    """The addresses of all tensors of a call, list after list."""
+    return array("Q", map(Tensor.data_ptr, itertools.chain(*lists)))
 
 
 def is_one_value(op: str, gamma: Tensor) -> bool:

@@ -4,11 +4,14 @@ A launch walks the chunks of `launch.chunks` in a static stride. Whole blocks ru
 bytes wide; one masked block ends a tensor. Arithmetic is in float32, rounded once.
 """
 
+from array import array
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..plans import Lists
 from . import launch, plans
 
 CHUNK = 16384
@@ -144,8 +147,8 @@ def update_mask_kernel(params, old_params, gammas, keeps, chunks, items, PARAM: 
             _update_mask_block(param, old, gamma, whole + lanes, count, one_value, value, keeps, True)
 
 
-def _mask(kernel, launches: plans.Launches, *lists: list[Tensor]) -> None:
-    for piece in launches.pieces(lists):
+def _mask(kernel, launches: plans.Launches, addresses: array) -> None:
+    for piece in launches.pieces(addresses):
         group = piece.group
         with launch.on(group.device):
             place = launch.here(group.device)
@@ -159,9 +162,9 @@ def _mask(kernel, launches: plans.Launches, *lists: list[Tensor]) -> None:
                     enable_fp_fusion=launch.FP_FUSION)
 
 
-def soft_mask_(launches: plans.Launches, grads: list[Tensor], gammas: list[Tensor]) -> None:
-    _mask(soft_mask_kernel, launches, grads, gammas)
+def soft_mask_(launches: plans.Launches, addresses: array, lists: Lists) -> None:
+    _mask(soft_mask_kernel, launches, addresses)
 
 
-def update_mask_(launches: plans.Launches, params: list[Tensor], old_params: list[Tensor], gammas: list[Tensor]) -> None:
-    _mask(update_mask_kernel, launches, params, old_params, gammas)
+def update_mask_(launches: plans.Launches, addresses: array, lists: Lists) -> None:
+    _mask(update_mask_kernel, launches, addresses)

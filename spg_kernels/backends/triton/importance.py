@@ -6,6 +6,7 @@ deadlocks however few programs are resident. Items come in groups that fit the L
 """
 
 import functools
+from array import array
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..plans import Lists
 from . import launch, plans
 
 # What a work item asks for; the host builds items as tile << 32 | tensor << 2 | kind.
@@ -372,10 +374,11 @@ def _accumulate(piece: plans.Piece, finite: Tensor) -> None:
             **kernel_constants(group.dtype, group.gamma, piece.aligned, tiling), **options)
 
 
-def accumulate_importance_(launches: plans.Launches, gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
+def accumulate_importance_(launches: plans.Launches, addresses: array, lists: Lists) -> Tensor:
     """gamma <- max(gamma, a), in place. Returns a bool per tensor: False where a gradient is not finite, gamma untouched."""
+    _, grads = lists
     flags = {group.device: torch.empty(len(grads), dtype=torch.uint8, device=group.device) for group in launches.groups}
-    for piece in launches.pieces((gammas, grads)):
+    for piece in launches.pieces(addresses):
         _accumulate(piece, flags[piece.group.device])
     finite = flags[grads[0].device].view(torch.bool)
     for group in launches.groups:

@@ -49,21 +49,23 @@ class Launches:
 
     def __init__(self, op: str, named: dict[str, list[Tensor]]):
         self.gammas = LISTS[op].index("gammas")
+        self.lengths = [len(named.get(name, ())) for name in LISTS[op]]
         self.groups = _groups(op, named)
         self._pieces: OrderedDict[bytes, list[Piece]] = OrderedDict()
 
-    def pieces(self, lists: tuple[list[Tensor], ...]) -> list[Piece]:
+    def pieces(self, addresses: array) -> list[Piece]:
         """The launches of a call with tensors at these addresses."""
-        key = array("Q", map(Tensor.data_ptr, itertools.chain(*lists))).tobytes()
+        key = addresses.tobytes()
         pieces = self._pieces.get(key)
         if pieces is None:
-            pieces = self._pieces[key] = self._cut(lists)
+            pieces = self._pieces[key] = self._cut(addresses)
             while len(self._pieces) > _ADDRESSES:
                 self._pieces.popitem(last=False)
         return pieces
 
-    def _cut(self, lists: tuple[list[Tensor], ...]) -> list[Piece]:
-        columns = tuple([tuple(map(Tensor.data_ptr, tensors)) for tensors in lists])
+    def _cut(self, addresses: array) -> list[Piece]:
+        ends = list(itertools.accumulate(self.lengths))
+        columns = [addresses[end - length:end] for end, length in zip(ends, self.lengths)]
         found = []
         for group in self.groups:
             own = tuple([tuple([column[i] for i in group.indices]) if column else () for column in columns])

@@ -7,12 +7,14 @@ and a captured graph follows a learning rate and step counts that live on the de
 import ctypes
 import functools
 import math
+from array import array
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..plans import Lists
 from . import launch, plans
 from .elementwise import ELEMENT, address, blend, keep_table, load, load_keep, locate, one_value_keep, scale, store, vector
 
@@ -166,9 +168,9 @@ def _rate(lr: float | Tensor, device: torch.device) -> tuple[float | Tensor, boo
     return lr, True
 
 
-def masked_sgd_(launches: plans.Launches, params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, dampening=0.0,
+def masked_sgd_(launches: plans.Launches, addresses: array, lists: Lists, *, lr, momentum=0.0, dampening=0.0,
                 weight_decay=0.0, nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
-    for piece in launches.pieces((params, grads, gammas, momentum_buffers)):
+    for piece in launches.pieces(addresses):
         group = piece.group
         with launch.on(group.device):
             place = launch.here(group.device)
@@ -186,10 +188,10 @@ def masked_sgd_(launches: plans.Launches, params, grads, gammas, momentum_buffer
                 num_warps=launch.warps(group.device), enable_fp_fusion=launch.FP_FUSION)
 
 
-def masked_adamw_(launches: plans.Launches, params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *, lr,
-                  beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False,
-                  mask="update") -> None:
-    for piece in launches.pieces((params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)):
+def masked_adamw_(launches: plans.Launches, addresses: array, lists: Lists, *, lr, beta1=0.9, beta2=0.999, eps=1e-8,
+                  weight_decay=1e-2, decoupled=True, maximize=False, mask="update") -> None:
+    *_, max_exp_avg_sqs, state_steps = lists
+    for piece in launches.pieces(addresses):
         group = piece.group
         with launch.on(group.device):
             place = launch.here(group.device)
