@@ -83,7 +83,14 @@ class _Rows(nn.Module):
         return weight + self.layers[0].weight[:3]
 
 
-MODELS = [Net, convolutional, channels_last, deep_heads, a_head_on_a_trunk_weight]
+def heads_that_write_in_place():
+    net = Net()
+    net.trunk[3] = nn.Linear(16, 16)  # whose backward does not need its output: autograd would not notice
+    net.heads = nn.ModuleList(nn.Sequential(nn.ELU(inplace=True), nn.Linear(16, 3)) for _ in range(3))
+    return net
+
+
+MODELS = [Net, convolutional, channels_last, deep_heads, a_head_on_a_trunk_weight, heads_that_write_in_place]
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
@@ -293,11 +300,15 @@ def test_progress_says_heads_and_batches(net, capsys):
     assert "losses 1 to 2 of 3" in shown and "/8 " in shown
 
 
-def test_a_task_without_a_head_says_so(net):
+def test_arguments_that_cannot_work_say_why(net):
     with pytest.raises(ValueError, match="heads: expected at least 4.*0 to 3, got 3"):
         shared(net, 3)
     with pytest.raises(ValueError, match="task: expected 0 or more, got -1"):
         shared(net, -1)
+    with pytest.raises(TypeError, match="heads: expected a sequence of modules, got Linear"):
+        SharedTrunkLosses(net.trunk, net.heads[0], 0, F.cross_entropy)
+    with pytest.raises(TypeError, match="trunk: .*one tensor, got tuple"):
+        wrapped(net).measure_importance(tasks()[0], SharedTrunkLosses(lambda x: (x, x), net.heads, 1, F.cross_entropy))
 
 
 def test_a_gradient_that_is_not_finite_is_named_and_the_heads_before_it_count(net):
