@@ -46,7 +46,8 @@ class SharedTrunkLosses(Sequence):
     wherever torch.distributed is initialized, it takes one pass a head.
 
     Args:
-        trunk: called as `trunk(x)`, giving the features, one tensor; a module or any function of one.
+        trunk: called as `trunk(x)`, giving the features, one tensor; a module or any function of one. It must allow
+            torch.autograd.grad, which torch's reentrant activation checkpointing does not.
         heads: an nn.ModuleList or a sequence of modules, called as `heads[tau](features)`, on whose device batches are moved.
         task, loss: as in `cross_head_losses`.
         memory: bytes for gradients, float32 or wider: one sum of the trunk's size for each head in a sweep over the data,
