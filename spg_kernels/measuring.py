@@ -86,12 +86,12 @@ class SharedTrunkLosses(Sequence):
             yield self.loss(outputs, y) if head == self.task else outputs.sum()
 
 
-def measure(loader: Iterable, losses: Sequence[Callable], trunk: Sequence[Tensor], first: int, clear: Callable[[], None],
+def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[Tensor], first: int, clear: Callable[[], None],
             fold: Fold, finished: Callable[[int], None], progress: bool) -> None:
     """Sum the gradients of each loss from the `first` on over `loader` and `fold` them in.
 
     Args:
-        trunk: the parameters whose gradients are wanted.
+        parameters: the trunk's, whose gradients are wanted.
         clear: clears every `.grad`.
         fold: takes (parameter, gradient) pairs of one loss.
         finished: told the number of losses that are folded in, after each.
@@ -103,7 +103,7 @@ def measure(loader: Iterable, losses: Sequence[Callable], trunk: Sequence[Tensor
     if isinstance(loader, Iterator):
         raise ValueError("loader: expected something to run over once a loss, such as a DataLoader; "
                          "an iterator is empty after the first")
-    together = _losses_together(losses, trunk)
+    together = _losses_together(losses, parameters)
     sweeps = [range(start, min(start + together, len(losses))) for start in range(first, len(losses), together)]
     sums_of = _shared_sums if together > 1 else _plain_sums
     try:
@@ -113,49 +113,50 @@ def measure(loader: Iterable, losses: Sequence[Callable], trunk: Sequence[Tensor
                 which = f"losses {sweep[0] + 1} to {sweep[-1] + 1}" if together > 1 else f"loss {sweep[0] + 1}"
                 bar.set_postfix_str(f"{which} of {len(losses)}")
                 clear()
-                _fold(sweep, sums_of(_counted(loader, bar), losses, sweep, trunk), trunk, fold, finished)
+                _fold(sweep, sums_of(_counted(loader, bar), losses, sweep, parameters), parameters, fold, finished)
     finally:
         clear()
 
 
-def _losses_together(losses: Sequence[Callable], trunk: Sequence[Tensor]) -> int:
+def _losses_together(losses: Sequence[Callable], parameters: Sequence[Tensor]) -> int:
     """How many losses one sweep over the data serves."""
-    if not isinstance(losses, SharedTrunkLosses) or not trunk:
+    if not isinstance(losses, SharedTrunkLosses) or not parameters:
         return 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return 1  # DDP and FSDP reduce gradients in hooks of .backward(), which torch.autograd.grad does not call
-    sums_that_fit = losses.memory // max(1, sum(p.numel() * _sum_dtype(p).itemsize for p in trunk))
+    sums_that_fit = losses.memory // max(1, sum(p.numel() * _sum_dtype(p).itemsize for p in parameters))
     return max(1, min(sums_that_fit - 1, len(losses)))
 
 
-def _fold(sweep: range, sums: list[list], trunk: Sequence[Tensor], fold: Fold, finished: Callable[[int], None]) -> None:
+def _fold(sweep: range, sums: list[list], parameters: Sequence[Tensor], fold: Fold, finished: Callable[[int], None]) -> None:
     for loss, gradients in zip(sweep, sums):
-        fold([(p, gradient) for p, gradient in zip(trunk, gradients) if gradient is not None])
+        fold([(p, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None])
         finished(loss + 1)
 
 
-def _plain_sums(batches: Iterable, losses: Sequence[Callable], sweep: range, trunk: Sequence[Tensor]) -> list[list]:
+def _plain_sums(batches: Iterable, losses: Sequence[Callable], sweep: range, parameters: Sequence[Tensor]) -> list[list]:
     for batch in batches:
         losses[sweep[0]](batch).backward()
-    return [[p.grad for p in trunk]]
+    return [[p.grad for p in parameters]]
 
 
-def _shared_sums(batches: Iterable, losses: SharedTrunkLosses, sweep: range, trunk: Sequence[Tensor]) -> list[list]:
+def _shared_sums(batches: Iterable, losses: SharedTrunkLosses, sweep: range, parameters: Sequence[Tensor]) -> list[list]:
     """Each loss's gradient sums, None for a parameter that it does not reach."""
-    sums: list[list[Tensor | None]] = [[None] * len(trunk) for _ in sweep]
+    sums: list[list[Tensor | None]] = [[None] * len(parameters) for _ in sweep]
     for batch in batches:
         for own, head, loss in zip(sums, sweep, losses.of_batch(sweep, batch)):
             # The last head frees what the trunk's graph holds, before the next batch makes another.
-            _add(own, torch.autograd.grad(loss, trunk, retain_graph=head != sweep[-1], allow_unused=True), trunk)
+            retain = head != sweep[-1]
+            _add(own, torch.autograd.grad(loss, parameters, retain_graph=retain, allow_unused=True), parameters)
     return sums
 
 
 @torch.no_grad()
-def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None], trunk: Sequence[Tensor]) -> None:
+def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
     reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
     for i in reached:
         if sums[i] is None:  # as .backward() does: the parameter's memory layout, which kernels walk through
-            sums[i] = torch.zeros_like(trunk[i], dtype=_sum_dtype(trunk[i]), requires_grad=False)
+            sums[i] = torch.zeros_like(parameters[i], dtype=_sum_dtype(parameters[i]), requires_grad=False)
     torch._foreach_add_([sums[i] for i in reached], [gradients[i] for i in reached])
 
 
@@ -196,16 +197,17 @@ class Interrupted:
     def __init__(self):
         self._finished = 0
         self._arguments: tuple = ()
-        self._versions: list[tuple[int, int]] = []
+        self._versions: list[tuple[Tensor, int]] = []
 
     def note(self, finished: int, arguments: tuple, tensors: Iterable[Tensor]) -> None:
-        self._finished, self._arguments, self._versions = finished, arguments, _versions(tensors)
+        self._finished, self._arguments, self._versions = finished, arguments, [(t, t._version) for t in tensors]
 
-    def finished(self, arguments: tuple, tensors: Iterable[Tensor]) -> int:
+    def finished(self, arguments: tuple, tensors: Sequence[Tensor]) -> int:
         """The losses folded in so far; 0 if the arguments are others, or any tensor was replaced or written since."""
-        same = len(arguments) == len(self._arguments) and all(map(operator.is_, arguments, self._arguments))
-        return self._finished if same and self._versions == _versions(tensors) else 0
+        if not (_are_the_same(arguments, self._arguments) and _are_the_same(tensors, [t for t, _ in self._versions])):
+            return 0
+        return self._finished if all(t._version == version for t, version in self._versions) else 0
 
 
-def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    return [(id(tensor), tensor._version) for tensor in tensors]
+def _are_the_same(objects: Sequence, others: Sequence) -> bool:
+    return len(objects) == len(others) and all(map(operator.is_, objects, others))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 from spg_kernels import NonFiniteGradientError, SharedTrunkLosses, SPGOptimizer, cross_head_losses
@@ -173,6 +174,26 @@ def test_running_statistics_are_updated_once_a_batch():
     net, batches = convolutional(), tasks()[1]
     wrapped(net).measure_importance(batches, shared(net), progress=False)
     assert net.trunk[2].num_batches_tracked == len(batches)
+
+
+class Frees(nn.Module):
+    """A trunk whose activations of the batch before must be gone."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk, self.held = trunk, []
+
+    def forward(self, x):
+        assert all(storage.expired() for storage in self.held)
+        hidden = self.trunk(x)
+        self.held.append(StorageWeakRef(hidden.untyped_storage()))
+        return hidden.square()  # whose backward needs `hidden`
+
+
+def test_activations_of_one_batch_at_a_time(net):
+    net.trunk = Frees(net.trunk)
+    wrapped(net).measure_importance(tasks()[1], shared(net), progress=False)
+    assert len(net.trunk.held) == len(tasks()[1])
 
 
 def test_bfloat16_gradients_are_summed_in_float32():
