@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim import AdamW
 
-from spg_kernels import Importance, SPGOptimizer, cross_head_losses, reference
+from spg_kernels import Importance, SharedTrunkLosses, SPGOptimizer, cross_head_losses, reference
 
 from . import peers
 from .network import problem
@@ -110,11 +110,13 @@ def test_measuring(heads, device, without, timed):
         _measure_by_hand(own, losses, partial(reference.accumulate_importance_, gammas))
 
     contenders, measured = [], {}
-    for name, dtype in (("spg float32", torch.float32), ("spg 8-bit", torch.uint8)):
+    shared = SharedTrunkLosses(own.model.trunk, own.model.heads, heads - 1, F.cross_entropy)
+    for name, dtype, ours in (("spg float32", torch.float32, shared), ("spg 8-bit", torch.uint8, shared),
+                              ("spg float32, a pass a head", torch.float32, losses)):
         importance = Importance(own.trunk(), dtype)
         optimizer = SPGOptimizer(AdamW(own.model.parameters()), heads=own.model.heads, importance=importance)
         measured[name] = [importance.gamma(p) for _, p in own.trunk()]
-        contenders.append(Contender(name, [partial(optimizer.measure_importance, own.loader, losses, progress=False)]))
+        contenders.append(Contender(name, [partial(optimizer.measure_importance, own.loader, ours, progress=False)]))
     for name, fold in (("eager", peers.eager_importance), ("foreach", peers.foreach_importance), ("compile", None)):
         if name in without:
             continue

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import models
 from data import Batches, Images, Task, split
-from spg_kernels import SPGOptimizer, cross_head_losses
+from spg_kernels import SharedTrunkLosses, SPGOptimizer
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def train(method: Method, model, index: int, task: Task, settings: Settings, see
         on_epoch()
     if method.mask is None:
         return None
-    optimizer.measure_importance(loader, cross_head_losses(model, index, F.cross_entropy), progress=False)
+    optimizer.measure_importance(loader, SharedTrunkLosses(model.trunk, model.heads, index, F.cross_entropy), progress=False)
     return optimizer.importance
 
 

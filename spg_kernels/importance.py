@@ -1,9 +1,9 @@
-"""Importance: gamma by parameter name, one buffer a parameter however many tasks there are; and the measuring pass."""
+"""Importance: gamma by parameter name, one buffer a parameter however many tasks there are."""
 
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from . import ops
 
@@ -157,7 +156,9 @@ class Importance(Mapping):
 
     def __repr__(self) -> str:
         elements = sum(gamma.numel() for gamma in self._gammas.values())
-        return f"Importance({len(self)} parameters, {elements:,} elements, {self.dtype}, tasks={self.tasks})"
+        size = elements * self.dtype.itemsize
+        memory = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+        return f"Importance({len(self)} parameters, {elements:,} elements, {self.dtype}, {memory}, tasks={self.tasks})"
 
     # Folding, reading, reporting
 
@@ -167,10 +168,14 @@ class Importance(Mapping):
         Raises:
             NonFiniteGradientError: names every parameter with an inf or NaN in its gradient; their gamma is untouched.
         """
-        folded = {self._key(p): p for p in parameters if p.grad is not None}
+        self.fold([(p, p.grad) for p in parameters if p.grad is not None], backend)
+
+    def fold(self, gradients: Iterable[tuple[Tensor, Tensor]], backend: str = "auto") -> None:
+        """`accumulate` of (parameter, gradient) pairs: a gradient need not be the parameter's `.grad`, nor of its dtype."""
+        folded = {self._key(p): (p, grad) for p, grad in gradients}
         self.active = self.active or bool(folded)
         try:
-            ops.fold([self.gamma(p) for p in folded.values()], [p.grad for p in folded.values()], list(folded), backend)
+            ops.fold([self.gamma(p) for p, _ in folded.values()], [grad for _, grad in folded.values()], list(folded), backend)
         finally:
             self._means_are_stale = True
 
@@ -311,64 +316,3 @@ def _as_stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if not bool(((value >= 0) & (value <= 1)).all()):
         raise ValueError(f"{name}: expected finite values in [0, 1], got {value.min().item()} to {value.max().item()}")
     return ops.encode_gamma(value) if dtype == torch.uint8 else value.float()
-
-
-def cross_head_losses(model: nn.Module, task: int, loss: Callable[[Tensor, Tensor], Tensor]) -> list[Callable]:
-    """The losses L(t, tau) of the measuring pass after task t, one for each head tau = 0 .. t, to be called with a batch.
-
-    Args:
-        model: called as `model(x, tau)`, giving head tau's outputs.
-        task: t, the task just trained.
-        loss: the task's own loss, called as `loss(outputs, y)`; old heads are probed with the sum of their outputs
-            (cross-head importance).
-
-    Returns:
-        t + 1 functions of a batch (x, y), which is moved to the model's device.
-    """
-    if task < 0:
-        raise ValueError(f"task: expected 0 or more, got {task}")
-
-    def loss_of(head: int) -> Callable:
-        def of_batch(batch: Sequence[Tensor]) -> Tensor:
-            device = next(model.parameters()).device
-            x, y = (tensor.to(device, non_blocking=True) for tensor in batch)
-            outputs = model(x, head)
-            return loss(outputs, y) if head == task else outputs.sum()
-
-        return of_batch
-
-    return [loss_of(head) for head in range(task + 1)]
-
-
-def measure(loader: Iterable, losses: Sequence[Callable], clear: Callable[[], None], fold: Callable[[], None],
-            progress: bool) -> None:
-    """The measuring pass: for each loss, `clear` the gradients, accumulate them over `loader`, `fold` them in."""
-    losses = list(losses)
-    if not losses:
-        raise ValueError("losses: expected at least one, got none")
-    if isinstance(loader, Iterator):
-        raise ValueError("loader: expected something to run over once a loss, such as a DataLoader; "
-                         "an iterator is empty after the first")
-    try:
-        with torch.enable_grad(), tqdm(total=_batches(loader, losses), desc="importance", unit="batch",
-                                       disable=not progress, leave=False) as bar:
-            for head, loss in enumerate(losses):
-                bar.set_postfix_str(f"loss {head + 1} of {len(losses)}")
-                clear()
-                batches = 0
-                for batch in loader:
-                    loss(batch).backward()
-                    batches += 1
-                    bar.update()
-                if not batches:
-                    raise ValueError("loader: expected at least one batch, got none")
-                fold()
-    finally:
-        clear()
-
-
-def _batches(loader: Iterable, losses: list) -> int | None:
-    try:
-        return len(loader) * len(losses)
-    except TypeError:  # an iterable without a length
-        return None

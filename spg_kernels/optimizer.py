@@ -3,13 +3,15 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import fused, ops
-from .importance import Importance, measure
+from .importance import Importance
+from .measuring import Interrupted, measure
 
 KEY = "spg_importance"  # of a parameter's gamma in the state dict
 
@@ -66,6 +68,7 @@ class SPGOptimizer(Optimizer):
         self._optimizer_step_pre_hooks = self.inner._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = self.inner._optimizer_step_post_hooks
         self._fused_step = fused.FusedStep()
+        self._interrupted = Interrupted()
 
     @property
     def param_groups(self) -> list[dict]:
@@ -232,20 +235,26 @@ class SPGOptimizer(Optimizer):
         Raises:
             NonFiniteGradientError: names every parameter with an inf or NaN in its gradient; their gamma is untouched.
         """
+        self.importance.accumulate(self._trunk_of([p for p in self._parameters() if p.grad is not None]), self.backend)
+
+    def _trunk_of(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Those that are no head's, each of which the importance must know."""
         self._find_heads()
-        trunk = [p for p in self._parameters() if p.grad is not None and id(p) not in self._head_parameters]
+        trunk = [p for p in parameters if id(p) not in self._head_parameters]
         for parameter in trunk:
             self._gamma(parameter)
-        self.importance.accumulate(trunk, self.backend)
+        return trunk
 
     def measure_importance(self, loader: Iterable, losses: Sequence[Callable], *, progress: bool = True) -> None:
         """The whole measuring pass after a task: for each loss clear gradients, run `loader`, fold; then count the task.
 
-        Leaves `.grad` None; parameters, optimizer state and the model's mode stay as they were.
+        Leaves `.grad` None; parameters, optimizer state and the model's mode stay as they were. Interrupted, by an error or
+        by hand, and called again with the same `loader` and `losses`, it goes on with the first loss that is not folded in;
+        unless a parameter or an importance was changed in between: then it starts anew.
 
         Args:
-            loader: gives batches, once for every loss.
-            losses: functions of a batch, `cross_head_losses(model, t, loss)`.
+            loader: gives batches, once for every loss; with `SharedTrunkLosses` once for many.
+            losses: functions of a batch: `cross_head_losses(model, t, loss)`, or `SharedTrunkLosses(trunk, heads, t, loss)`.
             progress: show a progress bar.
 
         Raises:
@@ -253,7 +262,14 @@ class SPGOptimizer(Optimizer):
             NonFiniteGradientError: see `accumulate_importance`. What earlier losses folded in stays, which is harmless:
                 folding it in again changes nothing.
         """
-        measure(loader, losses, self.zero_grad, self.accumulate_importance, progress)
+        trunk = self._trunk_of([p for p in self._parameters() if p.requires_grad])
+        # What the losses so far were measured at, and what they were folded into.
+        tensors = [*self._parameters(), *(self.importance.gamma(p) for p in trunk)]
+        arguments = (loader, losses)
+        first = self._interrupted.finished(arguments, tensors)
+        measure(loader, losses, trunk, first, self.zero_grad, partial(self.importance.fold, backend=self.backend),
+                lambda finished: self._interrupted.note(finished, arguments, tensors), progress)
+        self._interrupted = Interrupted()
         self.importance.tasks += 1
 
     # Checkpoints

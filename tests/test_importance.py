@@ -5,12 +5,11 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from spg_kernels import Importance, NonFiniteGradientError, SPGOptimizer, cross_head_losses
+from spg_kernels import Importance
 
-from .models import Net, set_gradients, tasks
+from .models import Net, set_gradients
 
 
 def measured(net, dtype=torch.float32):
@@ -151,6 +150,22 @@ def test_names_and_shapes_of_parameters_are_checked(net):
         Importance(dtype=torch.float16)
 
 
+@pytest.mark.parametrize("dtype, size", [(torch.float32, "25.1 GiB"), (torch.uint8, "6.3 GiB")], ids=str)
+def test_what_a_model_of_seven_billion_parameters_needs_is_told_without_its_memory(dtype, size):
+    hidden, inner, words = 4096, 11008, 32000
+    layer = {"q": (hidden, hidden), "k": (hidden, hidden), "v": (hidden, hidden), "o": (hidden, hidden), "gate": (inner, hidden),
+             "up": (inner, hidden), "down": (hidden, inner), "norm1": (hidden,), "norm2": (hidden,)}
+    shapes = {f"layers.{i}.{name}": shape for i in range(32) for name, shape in layer.items()}
+    shapes |= {"embedding": (words, hidden), "norm": (hidden,), "head": (words, hidden)}
+    importance = Importance(((name, torch.empty(shape, device="meta")) for name, shape in shapes.items()), dtype)
+    assert repr(importance) == f"Importance(291 parameters, 6,738,415,616 elements, {dtype}, {size}, tasks=0)"
+
+
+def test_the_size_of_a_small_model_is_told_in_mib(net):
+    assert "1,232 elements, torch.float32, 0.0 MiB" in repr(Importance([("w", nn.Parameter(torch.zeros(28, 44)))]))
+    assert "0.5 MiB" in repr(Importance([("w", nn.Parameter(torch.zeros(1 << 17)))]))
+
+
 def test_memory_is_one_buffer_a_parameter_and_follows_the_model():
     with torch.device("meta"):
         net = Net()
@@ -161,59 +176,6 @@ def test_memory_is_one_buffer_a_parameter_and_follows_the_model():
     set_gradients(net.trunk.parameters())
     importance.accumulate(net.trunk.parameters())
     assert importance[net.trunk[0].weight].max() > 0
-
-
-def test_losses_probe_old_heads_with_the_sum_of_their_outputs(net):
-    x, y = tasks()[0][0]
-    losses = cross_head_losses(net, 2, F.cross_entropy)
-    assert len(losses) == 3
-    assert torch.equal(losses[0]((x, y)), net(x, 0).sum()) and torch.equal(losses[1]([x, y]), net(x, 1).sum())
-    assert torch.equal(losses[2]((x, y)), F.cross_entropy(net(x, 2), y))
-    with pytest.raises(ValueError, match="task"):
-        cross_head_losses(net, -1, F.cross_entropy)
-
-
-def test_measuring_equals_the_loop_in_the_users_own_hands(net, capsys):
-    batches = tasks()[1]
-    losses = cross_head_losses(net, 1, F.cross_entropy)
-
-    def wrapped():
-        return SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads)
-
-    by_hand, measured = wrapped(), wrapped()
-    for loss_of in losses:
-        by_hand.zero_grad()
-        for batch in batches:
-            loss_of(batch).backward()
-        by_hand.accumulate_importance()
-    set_gradients(net.parameters())
-    parameters = [p.detach().clone() for p in net.parameters()]
-    net.train()
-    with torch.no_grad():
-        measured.measure_importance(batches, losses, progress=True)
-    assert "importance" in capsys.readouterr().err
-    assert measured.importance.tasks == 1 and net.training
-    assert all(p.grad is None for p in net.parameters()) and not measured.state
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), parameters))
-    for name in by_hand.importance:
-        assert torch.equal(by_hand.importance[name], measured.importance[name])
-        assert by_hand.importance[name].max() > 0.5
-
-
-def test_a_measuring_pass_that_cannot_work_says_why(net):
-    optimizer = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads)
-    batches, losses = tasks()[0], cross_head_losses(net, 1, F.cross_entropy)
-    with pytest.raises(ValueError, match="iterator"):
-        optimizer.measure_importance(iter(batches), losses)
-    with pytest.raises(ValueError, match="at least one batch"):
-        optimizer.measure_importance([], losses, progress=False)
-    with pytest.raises(ValueError, match="losses"):
-        optimizer.measure_importance(batches, [])
-    with pytest.raises(NonFiniteGradientError) as error:
-        optimizer.measure_importance([(batches[0][0] * float("nan"), batches[0][1])], losses, progress=False)
-    assert error.value.names == ["0.0", "0.1", "0.2", "0.3"]
-    assert optimizer.importance.tasks == 0 and all(p.grad is None for p in net.parameters())
-    assert not optimizer.importance["0.0"].any()
 
 
 def test_a_gradient_that_is_none_changes_nothing(net):

@@ -1,0 +1,213 @@
+"""The measuring pass after a task: the losses of cross-head importance, and the sweeps over the data for their gradients."""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+Fold = Callable[[Iterable[tuple[Tensor, Tensor]]], None]
+
+
+def cross_head_losses(model: nn.Module, task: int, loss: Callable[[Tensor, Tensor], Tensor]) -> list[Callable]:
+    """The losses L(t, tau) of the measuring pass after task t, one for each head tau = 0 .. t, to be called with a batch.
+
+    Args:
+        model: called as `model(x, tau)`, giving head tau's outputs.
+        task: t, the task just trained.
+        loss: the task's own loss, called as `loss(outputs, y)`; old heads are probed with the sum of their outputs
+            (cross-head importance).
+
+    Returns:
+        t + 1 functions of a batch (x, y), which is moved to the model's device.
+    """
+    _check_task(task)
+
+    def loss_of(head: int) -> Callable:
+        def of_batch(batch: Sequence[Tensor]) -> Tensor:
+            x, y = _moved(batch, model)
+            outputs = model(x, head)
+            return loss(outputs, y) if head == task else outputs.sum()
+
+        return of_batch
+
+    return [loss_of(head) for head in range(task + 1)]
+
+
+class SharedTrunkLosses(Sequence):
+    """The losses of `cross_head_losses` for a model with trunk and heads apart: one pass through the trunk serves many heads.
+
+    A sequence of t + 1 functions of a batch (x, y) like any other. `SPGOptimizer.measure_importance` runs the trunk once a
+    batch for many heads, and computes gradients of the trunk alone: the same importance as by one pass a head, in half
+    to two thirds of the time for ten heads. In train mode dropout draws one mask a batch for all heads, and running statistics
+    (batch normalization) are updated once a batch. Where gradients are reduced by hooks of `.backward()`, which is
+    wherever torch.distributed is initialized, it takes one pass a head.
+
+    Args:
+        trunk: called as `trunk(x)`, giving the features, one tensor; a module or any function of one. It must allow
+            torch.autograd.grad, which torch's reentrant activation checkpointing does not.
+        heads: an nn.ModuleList or a sequence of modules, called as `heads[tau](features)`, on whose device batches are moved.
+        task, loss: as in `cross_head_losses`.
+        memory: bytes for gradients, float32 or wider: one sum of the trunk's size for each head in a sweep over the data,
+            and one more for the batch at hand. Heads that do not fit take another sweep; under three, one pass a head.
+
+    Raises:
+        TypeError: `heads` is no sequence; in a pass, the trunk gives no tensor. ValueError: no such task, or no head for it.
+    """
+
+    def __init__(self, trunk: Callable[[Tensor], Tensor], heads: Sequence[nn.Module], task: int,
+                 loss: Callable[[Tensor, Tensor], Tensor], *, memory: int = 2**30):
+        _check_task(task)
+        if not isinstance(heads, Sequence | nn.ModuleList):
+            raise TypeError(f"heads: expected a sequence of modules, got {type(heads).__name__}")
+        if len(heads) <= task:
+            raise ValueError(f"heads: expected at least {task + 1}, one for each of the tasks 0 to {task}, got {len(heads)}")
+        self.trunk, self.heads, self.task, self.loss, self.memory = trunk, heads, task, loss, memory
+
+    def __len__(self) -> int:
+        return self.task + 1
+
+    def __getitem__(self, index: int) -> Callable[[Sequence[Tensor]], Tensor]:
+        return partial(self._of_batch, range(len(self))[operator.index(index)])
+
+    def _of_batch(self, head: int, batch: Sequence[Tensor]) -> Tensor:
+        return next(self.of_batch([head], batch))
+
+    def of_batch(self, heads: Iterable[int], batch: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The losses of `heads` on one batch, on the graph of one forward pass through the trunk."""
+        x, y = _moved(batch, self.heads[self.task])
+        features = self.trunk(x)
+        if not isinstance(features, Tensor):
+            raise TypeError(f"trunk: expected trunk(x) to give one tensor, got {type(features).__name__}")
+        for head in heads:
+            outputs = self.heads[head](features.clone())  # a head may begin with an operation in place
+            yield self.loss(outputs, y) if head == self.task else outputs.sum()
+
+
+def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[Tensor], first: int, clear: Callable[[], None],
+            fold: Fold, finished: Callable[[int], None], progress: bool) -> None:
+    """Sum the gradients of each loss from the `first` on over `loader` and `fold` them in.
+
+    Args:
+        parameters: the trunk's, whose gradients are wanted.
+        clear: clears every `.grad`.
+        fold: takes (parameter, gradient) pairs of one loss.
+        finished: told the number of losses that are folded in, after each.
+    """
+    if not isinstance(losses, Sequence):
+        losses = list(losses)
+    if not losses:
+        raise ValueError("losses: expected at least one, got none")
+    if isinstance(loader, Iterator):
+        raise ValueError("loader: expected something to run over once a loss, such as a DataLoader; "
+                         "an iterator is empty after the first")
+    together = _losses_together(losses, parameters)
+    sweeps = [range(start, min(start + together, len(losses))) for start in range(first, len(losses), together)]
+    sums_of = _shared_sums if together > 1 else _plain_sums
+    try:
+        with torch.enable_grad(), tqdm(total=_batches(loader, len(sweeps)), desc="importance", unit="batch",
+                                       disable=not progress, leave=False) as bar:
+            for sweep in sweeps:
+                which = f"losses {sweep[0] + 1} to {sweep[-1] + 1}" if together > 1 else f"loss {sweep[0] + 1}"
+                bar.set_postfix_str(f"{which} of {len(losses)}")
+                clear()
+                _fold(sweep, sums_of(_counted(loader, bar), losses, sweep, parameters), parameters, fold, finished)
+    finally:
+        clear()
+
+
+def _losses_together(losses: Sequence[Callable], parameters: Sequence[Tensor]) -> int:
+    """How many losses one sweep over the data serves."""
+    if not isinstance(losses, SharedTrunkLosses) or not parameters:
+        return 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return 1  # DDP and FSDP reduce gradients in hooks of .backward(), which torch.autograd.grad does not call
+    sums_that_fit = losses.memory // max(1, sum(p.numel() * _sum_dtype(p).itemsize for p in parameters))
+    return max(1, min(sums_that_fit - 1, len(losses)))
+
+
+def _fold(sweep: range, sums: list[list], parameters: Sequence[Tensor], fold: Fold, finished: Callable[[int], None]) -> None:
+    for loss, gradients in zip(sweep, sums):
+        fold([(p, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None])
+        finished(loss + 1)
+
+
+def _plain_sums(batches: Iterable, losses: Sequence[Callable], sweep: range, parameters: Sequence[Tensor]) -> list[list]:
+    for batch in batches:
+        losses[sweep[0]](batch).backward()
+    return [[p.grad for p in parameters]]
+
+
+def _shared_sums(batches: Iterable, losses: SharedTrunkLosses, sweep: range, parameters: Sequence[Tensor]) -> list[list]:
+    """Each loss's gradient sums, None for a parameter that it does not reach."""
+    sums: list[list[Tensor | None]] = [[None] * len(parameters) for _ in sweep]
+    for batch in batches:
+        for own, head, loss in zip(sums, sweep, losses.of_batch(sweep, batch)):
+            # The last head frees what the trunk's graph holds, before the next batch makes another.
+            retain = head != sweep[-1]
+            _add(own, torch.autograd.grad(loss, parameters, retain_graph=retain, allow_unused=True), parameters)
+    return sums
+
+
+@torch.no_grad()
+def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+    reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    for i in reached:
+        if sums[i] is None:  # as .backward() does: the parameter's memory layout, which kernels walk through
+            sums[i] = torch.zeros_like(parameters[i], dtype=_sum_dtype(parameters[i]), requires_grad=False)
+    torch._foreach_add_([sums[i] for i in reached], [gradients[i] for i in reached])
+
+
+def _sum_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _counted(loader: Iterable, bar: tqdm) -> Iterator:
+    batches = 0
+    for batch in loader:
+        yield batch
+        batches += 1
+        bar.update()
+    if not batches:
+        raise ValueError("loader: expected at least one batch, got none")
+
+
+def _batches(loader: Iterable, sweeps: int) -> int | None:
+    try:
+        return len(loader) * sweeps
+    except TypeError:  # an iterable without a length
+        return None
+
+
+def _moved(batch: Sequence[Tensor], module: nn.Module) -> list[Tensor]:
+    device = next(module.parameters()).device
+    return [tensor.to(device, non_blocking=True) for tensor in batch]
+
+
+def _check_task(task: int) -> None:
+    if task < 0:
+        raise ValueError(f"task: expected 0 or more, got {task}")
+
+
+class Interrupted:
+    """What an interrupted measuring pass had folded in, for the next call that asks for the same one."""
+
+    def __init__(self):
+        self._finished = 0
+        self._arguments: tuple = ()
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def note(self, finished: int, arguments: tuple, tensors: Iterable[Tensor]) -> None:
+        self._finished, self._arguments, self._versions = finished, arguments, [(t, t._version) for t in tensors]
+
+    def finished(self, arguments: tuple, tensors: Sequence[Tensor]) -> int:
+        """The losses folded in so far; 0 if the arguments are others, or any tensor was replaced or written since."""
+        if not (_are_the_same(arguments, self._arguments) and _are_the_same(tensors, [t for t, _ in self._versions])):
+            return 0
+        return self._finished if all(t._version == version for t, version in self._versions) else 0
+
+
+def _are_the_same(objects: Sequence, others: Sequence) -> bool:
+    return len(objects) == len(others) and all(map(operator.is_, objects, others))
