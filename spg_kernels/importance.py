@@ -1,23 +1,16 @@
 """Importance: gamma by parameter name, one buffer a parameter however many tasks there are; and the measuring pass."""
 
-import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import ops
-
-FORMAT_VERSION = 1
+from . import files, ops
 
 
 @dataclass(frozen=True)
@@ -165,11 +158,13 @@ class Importance(Mapping):
             NonFiniteGradientError: names every parameter with an inf or NaN in its gradient; their gamma is untouched.
         """
         folded = {self._key(p): p for p in parameters if p.grad is not None}
-        self.active = self.active or bool(folded)
-        try:
-            ops.fold([self.gamma(p) for p in folded.values()], [p.grad for p in folded.values()], list(folded), backend)
-        finally:
-            self._means_are_stale = True
+        self._will_change(bool(folded))
+        ops.fold([self.gamma(p) for p in folded.values()], [p.grad for p in folded.values()], list(folded), backend)
+
+    def _will_change(self, active: bool) -> None:
+        # Before any gamma changes, not after: whatever interrupts the change, the next step masks by what it left.
+        self.active = self.active or active
+        self._means_are_stale = True
 
     def mean(self) -> Tensor:
         """The mean of gamma over all elements of all trunk tensors, a 0-d float32 tensor: heads are scaled by 1 - mean."""
@@ -207,6 +202,8 @@ class Importance(Mapping):
         for name, value in values.items():
             if name not in self._gammas:
                 raise ValueError(f"{name}: no parameter of that name has an importance here")
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
             self._check_shape(name, value)
             stored[name] = _as_stored(name, value.detach(), self.dtype).to(self._gammas[name].device)
         return stored
@@ -217,23 +214,25 @@ class Importance(Mapping):
 
     def store(self, values: Mapping[str, Tensor]) -> None:
         """Set gammas by name: float tensors in [0, 1], or uint8 codes. All are checked before any is set."""
-        for name, value in self.check(values).items():
+        checked = self.check(values)
+        self._will_change(any(bool(value.any()) for value in checked.values()))
+        for name, value in checked.items():
             self._gammas[name].copy_(value)
-            self.active = self.active or bool(value.any())
-        self._means_are_stale = True
 
     def state_dict(self) -> dict:
         """{"version", "tasks", "gammas": {name: tensor as stored}}."""
-        return {"version": FORMAT_VERSION, "tasks": self.tasks, "gammas": dict(self._gammas)}
+        return {"version": files.VERSION, "tasks": self.tasks, "gammas": dict(self._gammas)}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Take over every gamma and the task count. The names must be the ones known here.
+        """Take over every gamma and the task count. The names must be the ones known here; heads have none, old or new.
 
         Raises:
-            ValueError: another version, missing or unexpected names, shapes, values; nothing has changed.
+            ValueError, TypeError: another version, missing or unexpected names, shapes, values; nothing has changed.
         """
-        if state.get("version") != FORMAT_VERSION:
-            raise ValueError(f"version: expected {FORMAT_VERSION}, got {state.get('version')!r}")
+        if not isinstance(state, Mapping) or not isinstance(state.get("gammas"), Mapping):
+            raise TypeError("state: expected what state_dict() gives: a mapping with 'version', 'tasks' and a mapping 'gammas'")
+        files.check_version(state.get("version"))
+        files.check_tasks(state.get("tasks"))
         gammas = state["gammas"]
         missing, unexpected = [n for n in self if n not in gammas], [n for n in gammas if n not in self]
         if missing or unexpected:
@@ -242,41 +241,30 @@ class Importance(Mapping):
         self.tasks = state["tasks"]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to `path` in safetensors, whole or not at all: a crash leaves the file that was there before."""
-        path = Path(path)
-        tensors = {name: gamma.contiguous() for name, gamma in self._gammas.items()}
-        metadata = {"format": "spg_importance", "version": str(FORMAT_VERSION), "tasks": str(self.tasks),
-                    "dtype": str(self.dtype).removeprefix("torch."), "names": json.dumps(list(self))}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        """Write to `path` in safetensors, whole or not at all: a crash or a full disk leaves the file that was there before.
+
+        A process killed in here leaves a file `.<name>.<random>.tmp` beside it, which may be deleted.
+
+        Raises:
+            OSError: what the operating system refused, with `path`.
+        """
+        files.write(path, self._gammas, self.tasks, self.dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Importance":
         """Read what `save` wrote; the parameters are attached by `bind`, or by handing it to SPGOptimizer.
 
         Raises:
-            ValueError: not such a file, another version, or values outside [0, 1].
+            ValueError: not such a file, damaged, another version, or values outside [0, 1]. OSError: it cannot be read.
         """
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != "spg_importance":
-                raise ValueError(f"{path}: expected an importance file, metadata says {metadata}")
-            if metadata.get("version") != str(FORMAT_VERSION):
-                raise ValueError(f"{path}: expected version {FORMAT_VERSION}, got {metadata.get('version')!r}")
-            # In the model's order, which the file does not keep.
-            gammas = {name: file.get_tensor(name) for name in json.loads(metadata["names"])}
-        importance = cls(dtype={"float32": torch.float32, "uint8": torch.uint8}[metadata["dtype"]])
+        gammas, tasks, dtype = files.read(path)
+        importance = cls(dtype=dtype)
         importance._gammas = {name: torch.zeros_like(gamma) for name, gamma in gammas.items()}
-        importance.store(gammas)
-        importance.tasks = int(metadata["tasks"])
+        try:
+            importance.store(gammas)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+        importance.tasks = tasks
         return importance
 
     def __getstate__(self) -> dict:
@@ -356,8 +344,10 @@ def measure(loader: Iterable, losses: Sequence[Callable], clear: Callable[[], No
                 if not batches:
                     raise ValueError("loader: expected at least one batch, got none")
                 fold()
-    finally:
         clear()
+    except BaseException:
+        clear()  # again, if it was interrupted
+        raise
 
 
 def _batches(loader: Iterable, losses: list) -> int | None:
