@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -197,9 +197,9 @@ class SPGOptimizer(Optimizer):
         originals: list[tuple[Tensor, Tensor]] = []
 
         def restore() -> None:
-            while originals:
-                parameter, grad = originals.pop()
+            for parameter, grad in originals:
                 parameter.grad = grad
+            originals.clear()
 
         @torch.no_grad()
         def mask() -> None:
@@ -219,9 +219,12 @@ class SPGOptimizer(Optimizer):
         try:
             if closure is None:
                 mask()
-            return self._inner_step(closure and masked_closure)
-        finally:
+            loss = self._inner_step(closure and masked_closure)
             restore()
+        except BaseException:
+            restore()  # again, if it was interrupted
+            raise
+        return loss
 
     def accumulate_importance(self) -> None:
         """Fold the current `.grad` of every trunk parameter into gamma; `.grad` is left alone, None changes nothing.
@@ -289,16 +292,22 @@ class SPGOptimizer(Optimizer):
         """Load the inner optimizer's state and, where `state_dict` has it, the importance.
 
         Raises:
-            ValueError: groups, shapes or values that do not fit; gamma and the inner optimizer are as before.
+            ValueError, TypeError: groups, shapes or values that do not fit, or whatever the inner optimizer raises; gamma and
+                the inner optimizer are as before. Post hooks run when all is loaded, so an error of theirs undoes nothing.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
+        if not (isinstance(state_dict, Mapping) and isinstance(state_dict.get("state"), Mapping)
+                and isinstance(state_dict.get("param_groups"), Sequence) and all(isinstance(group, Mapping) and "params" in group for group in state_dict["param_groups"])):
+            raise ValueError("state_dict: expected 'state' and 'param_groups', and 'params' in each of these, as state_dict() gives")
         saved = self._by_key(state_dict)
         gammas, inner_state = {}, {}
         for i, state in state_dict["state"].items():
             inner_state[i] = {key: value for key, value in state.items() if key != KEY} if isinstance(state, dict) else state
             if i in saved and KEY in state:
+                if not isinstance(state[KEY], Tensor):
+                    raise TypeError(f"state[{i!r}][{KEY!r}]: expected a tensor, got {type(state[KEY]).__name__}")
                 name = self.importance.name_of(saved[i])
                 if name is not None:
                     gammas[name] = state[KEY]
@@ -307,7 +316,12 @@ class SPGOptimizer(Optimizer):
             if not inner_state[i]:
                 del inner_state[i]  # it held the importance alone
         self.importance.check(gammas)
-        self.inner.load_state_dict({**state_dict, "state": inner_state})
+        before = self.inner.state, self.inner.param_groups  # which torch's optimizers replace, not change
+        try:
+            self.inner.load_state_dict({**state_dict, "state": inner_state})
+        except BaseException:
+            self.inner.state, self.inner.param_groups = before
+            raise
         self.importance.store(gammas)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
