@@ -74,15 +74,10 @@ class Importance(Mapping):
 
     def add(self, name: str, parameter: Tensor) -> None:
         """Know `parameter` as `name`, with gamma = 0 if the name is new."""
-        if not (parameter.is_floating_point() or parameter.is_complex()):
-            raise TypeError(f"{name}: expected a floating point parameter, got {parameter.dtype}")
-        known_as = self.name_of(parameter)
-        if known_as not in (None, name):
-            raise ValueError(f"{name}: this parameter is already known as {known_as}")
+        self._check_parameter(name, parameter)
         if name not in self._gammas:
             self._gammas[name] = torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)
         else:
-            self._check_shape(name, parameter)
             self._gammas[name] = _placed(self._gammas[name], parameter)
         if name in self._parameters:
             del self._names[id(self._parameters[name])]
@@ -98,11 +93,34 @@ class Importance(Mapping):
         Raises:
             ValueError: a shape differs; nothing has changed.
         """
-        known = [(name, parameter) for name, parameter in named_parameters if name in self._gammas]
-        for name, parameter in known:
-            self._check_shape(name, parameter)
-        for name, parameter in known:
+        self._add_all([(name, parameter) for name, parameter in named_parameters if name in self._gammas])
+
+    def attach(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
+        """`add` all of a model's parameters, which must be among them the ones of a loaded importance.
+
+        Raises:
+            ValueError: a name known here has no parameter, a shape differs; TypeError: a dtype. Nothing has changed.
+        """
+        missing = self._gammas.keys() - self._parameters.keys() - dict(named_parameters).keys()
+        if missing:
+            raise ValueError(f"importance: no parameter is called {', '.join(sorted(missing))}: it is of another model, or its "
+                             "names were others; named_parameters=model.named_parameters() names parameters")
+        self._add_all(named_parameters)
+
+    def _add_all(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
+        for name, parameter in named_parameters:
+            self._check_parameter(name, parameter)
+        for name, parameter in named_parameters:
             self.add(name, parameter)
+
+    def _check_parameter(self, name: str, parameter: Tensor) -> None:
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise TypeError(f"{name}: expected a floating point parameter, got {parameter.dtype}")
+        known_as = self.name_of(parameter)
+        if known_as not in (None, name):
+            raise ValueError(f"{name}: this parameter is already known as {known_as}")
+        if name in self._gammas:
+            self._check_shape(name, parameter)
 
     def name_of(self, parameter: Tensor) -> str | None:
         """The name `parameter` is known by, None if it is not."""

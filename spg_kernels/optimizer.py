@@ -110,8 +110,9 @@ class SPGOptimizer(Optimizer):
                 built_with = group["param_names"][s] if "param_names" in group else f"{g}.{s}"
                 name = given[id(parameter)] if given is not None else self.importance.name_of(parameter) or built_with
                 trunk.append((name, parameter))
-        for name, parameter in trunk:
-            self.importance.add(name, parameter)
+        frozen = [] if named is None else [(name, parameter) for name, parameter in named.items() if name in self.importance
+                                           and id(parameter) not in self._head_parameters]
+        self.importance.attach(frozen + trunk)
 
     def _gamma(self, parameter: Tensor) -> Tensor:
         """What masks `parameter`: its gamma as stored, or the heads' one value."""
@@ -298,9 +299,10 @@ class SPGOptimizer(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        if not (isinstance(state_dict, Mapping) and isinstance(state_dict.get("state"), Mapping)
-                and isinstance(state_dict.get("param_groups"), Sequence) and all(isinstance(group, Mapping) and "params" in group for group in state_dict["param_groups"])):
-            raise ValueError("state_dict: expected 'state' and 'param_groups', and 'params' in each of these, as state_dict() gives")
+        groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+        if not (isinstance(groups, Sequence) and all(isinstance(group, Mapping) and "params" in group for group in groups)
+                and isinstance(state_dict.get("state"), Mapping)):
+            raise ValueError("state_dict: expected 'state' and 'param_groups' with 'params' in each, as state_dict() gives them")
         saved = self._by_key(state_dict)
         gammas, inner_state = {}, {}
         for i, state in state_dict["state"].items():
