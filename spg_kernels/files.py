@@ -4,18 +4,20 @@ import errno
 import json
 import os
 import secrets
+import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = "spg_importance"
 VERSION = 1
 _DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
+_CODES = {torch.float32: "F32", torch.uint8: "U8"}  # safetensors'
 
 
 def check_version(version: object) -> None:
@@ -49,9 +51,18 @@ def write(path: str | os.PathLike, gammas: Mapping[str, Tensor], tasks: int, dty
     check_names(list(gammas))
     gammas = {name: gamma.detach().cpu().contiguous() for name, gamma in gammas.items()}
     metadata = {"format": FORMAT, "version": str(VERSION), "tasks": str(tasks), "dtype": str(dtype).removeprefix("torch."),
-                "names": json.dumps(list(gammas))}  # in the model's order, which safetensors does not keep
-    with _replacing(path) as temporary:
-        save_file(gammas, temporary, {**metadata, "checksum": _checksum(metadata, gammas)})
+                "names": json.dumps(list(gammas))}  # in the model's order, which safetensors' readers do not keep
+    header, end = {"__metadata__": {**metadata, "checksum": _checksum(metadata, gammas)}}, 0
+    for name, gamma in gammas.items():
+        start, end = end, end + gamma.nbytes
+        header[name] = {"dtype": _CODES[gamma.dtype], "shape": list(gamma.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data are aligned
+    # Not by safetensors' save_file: its file is its owner's alone to read, and its errors have no errno.
+    with _replacing(path) as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for gamma in gammas.values():
+            file.write(gamma.numpy())
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], int, torch.dtype]:
@@ -102,34 +113,32 @@ def _checksum(metadata: Mapping[str, str], gammas: Mapping[str, Tensor]) -> str:
 
 
 @contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[str]:
-    """A new file beside `path`, through a symbolic link as `open` goes, that takes its place once written and on the disk."""
+def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A new file beside `path`, through a symbolic link as `open` goes, that takes its place once it is on the disk."""
     path = os.path.realpath(path)
     directory, name = os.path.split(path)
     temporary = os.path.join(directory, f".{name}.{secrets.token_hex(4)}.tmp")
     try:
-        # Not tempfile's, which only its owner could read.
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         try:
-            yield temporary
-            _sync(temporary)
+            with open(temporary, "xb") as file:  # not tempfile's, which only its owner could read
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-        _sync(directory)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+        _sync_directory(directory)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), path) from error
 
 
-def _sync(path: str) -> None:
-    """Have the disk hold the file, or the entries of the directory, before what follows."""
-    if os.name != "posix" and os.path.isdir(path):
-        return  # only there can a directory be opened
-    handle = os.open(path, os.O_RDONLY)
+def _sync_directory(directory: str) -> None:
+    """Have the disk hold the new entry too: until it does, a loss of power may bring the old file back."""
+    if os.name != "posix":
+        return  # a directory cannot be opened
+    handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
