@@ -138,8 +138,8 @@ _GLOBALS = {
 }
 # What dictionaries, lists, numbers, strings and arrays take, in any protocol.
 _OPCODES = """
-    PROTO FRAME STOP MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2
-    LONG LONG1 STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8
+    PROTO FRAME STOP MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE INT BININT BININT1
+    BININT2 LONG LONG1 STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8
     EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
     GLOBAL STACK_GLOBAL REDUCE BUILD
 """
@@ -161,7 +161,8 @@ class _ArrayUnpickler(pickle._Unpickler):
     (an index into the memo) or crash (the hash of a deeply nested tuple): here tuples are lists, which have none.
     """
 
-    dispatch: ClassVar = {code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in _OPCODES.split())}
+    dispatch: ClassVar = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+                          for name in _OPCODES.split()}
     dispatch[pickle.TUPLE[0]] = pickle._Unpickler.load_list
     dispatch |= {code[0]: _load_list(size) for size, code in enumerate(
         (pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3))}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from readers import DataError, read_cifar  # noqa: E402
+from readers import DataError, read_cifar
 
 
 def nested_tuple_as_a_key(depth: int) -> bytes:
