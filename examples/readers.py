@@ -11,6 +11,7 @@ import math
 import pickle
 import struct
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -117,6 +118,9 @@ class _Array:
 
     array: np.ndarray | None = None
 
+    def __init__(self, *arguments):
+        """Of `_reconstruct`: type and shape of the empty array."""
+
     def __setstate__(self, state):
         _, shape, dtype, fortran_order, content = state
         if not isinstance(dtype, _DType) or dtype.name not in ("u1", "uint8"):
@@ -126,27 +130,45 @@ class _Array:
         self.array = np.frombuffer(bytearray(content), np.uint8).reshape(shape, order="F" if fortran_order else "C")
 
 
-def _reconstruct(*arguments):
-    """Stands for numpy's function of this name, which makes the empty array that the state then fills."""
-    return _Array()
+_GLOBALS = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,  # makes the empty array that the state then fills
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+}
+# What dictionaries, lists, numbers, strings and arrays take, in any protocol.
+_OPCODES = """
+    PROTO FRAME STOP MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE INT BININT BININT1
+    BININT2 LONG LONG1 STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8
+    EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    GLOBAL STACK_GLOBAL REDUCE BUILD
+"""
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+def _load_list(size: int):
+    def load(unpickler):
+        at = len(unpickler.stack) - size
+        unpickler.stack[at:] = [unpickler.stack[at:]]
+
+    return load
+
+
+class _ArrayUnpickler(pickle._Unpickler):
     """An unpickler that knows numpy arrays of unsigned bytes and refuses every other global.
 
-    numpy's own constructors are stood in for rather than allowed: a forged dtype state would let them take raw bytes
-    for object pointers.
+    numpy's own constructors are stood in for rather than allowed: a forged dtype state would let them take raw bytes for
+    object pointers. It is the one written in Python, because in the one in C a file of ten bytes can reserve all memory
+    (an index into the memo) or crash (the hash of a deeply nested tuple): here tuples are lists, which have none.
     """
 
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _DType,
-    }
+    dispatch: ClassVar = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+                          for name in _OPCODES.split()}
+    dispatch[pickle.TUPLE[0]] = pickle._Unpickler.load_list
+    dispatch |= {code[0]: _load_list(size) for size, code in enumerate(
+        (pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3))}
 
     def find_class(self, module, name):
         try:
-            return self.ALLOWED[module, name]
+            return _GLOBALS[module, name]
         except KeyError:
             raise DataError(f"refused: the pickle asks for {module}.{name}, a numpy array needs no such thing") from None

@@ -1,22 +1,15 @@
 """Importance: gamma by parameter name, one buffer a parameter however many tasks there are."""
 
-import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from . import ops
-
-FORMAT_VERSION = 1
+from . import files, ops
 
 
 @dataclass(frozen=True)
@@ -81,15 +74,10 @@ class Importance(Mapping):
 
     def add(self, name: str, parameter: Tensor) -> None:
         """Know `parameter` as `name`, with gamma = 0 if the name is new."""
-        if not (parameter.is_floating_point() or parameter.is_complex()):
-            raise TypeError(f"{name}: expected a floating point parameter, got {parameter.dtype}")
-        known_as = self.name_of(parameter)
-        if known_as not in (None, name):
-            raise ValueError(f"{name}: this parameter is already known as {known_as}")
+        self._check_parameter(name, parameter)
         if name not in self._gammas:
             self._gammas[name] = torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)
         else:
-            self._check_shape(name, parameter)
             self._gammas[name] = _placed(self._gammas[name], parameter)
         if name in self._parameters:
             del self._names[id(self._parameters[name])]
@@ -106,11 +94,34 @@ class Importance(Mapping):
         Raises:
             ValueError: a shape differs; nothing has changed.
         """
-        known = [(name, parameter) for name, parameter in named_parameters if name in self._gammas]
-        for name, parameter in known:
-            self._check_shape(name, parameter)
-        for name, parameter in known:
+        self._add_all([(name, parameter) for name, parameter in named_parameters if name in self._gammas])
+
+    def attach(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
+        """`add` all of a model's parameters, which must be among them the ones of a loaded importance.
+
+        Raises:
+            ValueError: a name known here has no parameter, a shape differs; TypeError: a dtype. Nothing has changed.
+        """
+        missing = self._gammas.keys() - self._parameters.keys() - dict(named_parameters).keys()
+        if missing:
+            raise ValueError(f"importance: no parameter is called {', '.join(sorted(missing))}: it is of another model, or its "
+                             "names were others; named_parameters=model.named_parameters() names parameters")
+        self._add_all(named_parameters)
+
+    def _add_all(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
+        for name, parameter in named_parameters:
+            self._check_parameter(name, parameter)
+        for name, parameter in named_parameters:
             self.add(name, parameter)
+
+    def _check_parameter(self, name: str, parameter: Tensor) -> None:
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise TypeError(f"{name}: expected a floating point parameter, got {parameter.dtype}")
+        known_as = self.name_of(parameter)
+        if known_as not in (None, name):
+            raise ValueError(f"{name}: this parameter is already known as {known_as}")
+        if name in self._gammas:
+            self._check_shape(name, parameter)
 
     def name_of(self, parameter: Tensor) -> str | None:
         """The name `parameter` is known by, None if it is not."""
@@ -173,11 +184,13 @@ class Importance(Mapping):
     def fold(self, gradients: Iterable[tuple[Tensor, Tensor]], backend: str = "auto") -> None:
         """`accumulate` of (parameter, gradient) pairs: a gradient need not be the parameter's `.grad`, nor of its dtype."""
         folded = {self._key(p): (p, grad) for p, grad in gradients}
-        self.active = self.active or bool(folded)
-        try:
-            ops.fold([self.gamma(p) for p, _ in folded.values()], [grad for _, grad in folded.values()], list(folded), backend)
-        finally:
-            self._means_are_stale = True
+        self._will_change(bool(folded))
+        ops.fold([self.gamma(p) for p, _ in folded.values()], [grad for _, grad in folded.values()], list(folded), backend)
+
+    def _will_change(self, active: bool) -> None:
+        # Before any gamma changes, not after: whatever interrupts the change, the next step masks by what it left.
+        self.active = self.active or active
+        self._means_are_stale = True
 
     def mean(self) -> Tensor:
         """The mean of gamma over all elements of all trunk tensors, a 0-d float32 tensor: heads are scaled by 1 - mean."""
@@ -219,6 +232,8 @@ class Importance(Mapping):
         for name, value in values.items():
             if name not in self._gammas:
                 raise ValueError(f"{name}: no parameter of that name has an importance here")
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
             self._check_shape(name, value)
             stored[name] = _as_stored(name, value.detach(), self.dtype).to(self._gammas[name].device)
         return stored
@@ -229,23 +244,25 @@ class Importance(Mapping):
 
     def store(self, values: Mapping[str, Tensor]) -> None:
         """Set gammas by name: float tensors in [0, 1], or uint8 codes. All are checked before any is set."""
-        for name, value in self.check(values).items():
+        checked = self.check(values)
+        self._will_change(any(bool(value.any()) for value in checked.values()))
+        for name, value in checked.items():
             self._gammas[name].copy_(value)
-            self.active = self.active or bool(value.any())
-        self._means_are_stale = True
 
     def state_dict(self) -> dict:
         """{"version", "tasks", "gammas": {name: tensor as stored}}."""
-        return {"version": FORMAT_VERSION, "tasks": self.tasks, "gammas": dict(self._gammas)}
+        return {"version": files.VERSION, "tasks": self.tasks, "gammas": dict(self._gammas)}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Take over every gamma and the task count. The names must be the ones known here.
+        """Take over every gamma and the task count. The names must be the ones known here; heads have none, old or new.
 
         Raises:
-            ValueError: another version, missing or unexpected names, shapes, values; nothing has changed.
+            ValueError, TypeError: another version, missing or unexpected names, shapes, values; nothing has changed.
         """
-        if state.get("version") != FORMAT_VERSION:
-            raise ValueError(f"version: expected {FORMAT_VERSION}, got {state.get('version')!r}")
+        if not isinstance(state, Mapping) or not isinstance(state.get("gammas"), Mapping):
+            raise TypeError("state: expected what state_dict() gives: a mapping with 'version', 'tasks' and a mapping 'gammas'")
+        files.check_version(state.get("version"))
+        files.check_tasks(state.get("tasks"))
         gammas = state["gammas"]
         missing, unexpected = [n for n in self if n not in gammas], [n for n in gammas if n not in self]
         if missing or unexpected:
@@ -254,41 +271,30 @@ class Importance(Mapping):
         self.tasks = state["tasks"]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to `path` in safetensors, whole or not at all: a crash leaves the file that was there before."""
-        path = Path(path)
-        tensors = {name: gamma.contiguous() for name, gamma in self._gammas.items()}
-        metadata = {"format": "spg_importance", "version": str(FORMAT_VERSION), "tasks": str(self.tasks),
-                    "dtype": str(self.dtype).removeprefix("torch."), "names": json.dumps(list(self))}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        """Write to `path` in safetensors, whole or not at all: a crash or a full disk leaves the file that was there before.
+
+        A process killed in here leaves a file `.<name>.<random>.tmp` beside it, which may be deleted.
+
+        Raises:
+            OSError: what the operating system refused, with `path`.
+        """
+        files.write(path, self._gammas, self.tasks, self.dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Importance":
         """Read what `save` wrote; the parameters are attached by `bind`, or by handing it to SPGOptimizer.
 
         Raises:
-            ValueError: not such a file, another version, or values outside [0, 1].
+            ValueError: not such a file, damaged, another version, or values outside [0, 1]. OSError: it cannot be read.
         """
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != "spg_importance":
-                raise ValueError(f"{path}: expected an importance file, metadata says {metadata}")
-            if metadata.get("version") != str(FORMAT_VERSION):
-                raise ValueError(f"{path}: expected version {FORMAT_VERSION}, got {metadata.get('version')!r}")
-            # In the model's order, which the file does not keep.
-            gammas = {name: file.get_tensor(name) for name in json.loads(metadata["names"])}
-        importance = cls(dtype={"float32": torch.float32, "uint8": torch.uint8}[metadata["dtype"]])
+        gammas, tasks, dtype = files.read(path)
+        importance = cls(dtype=dtype)
         importance._gammas = {name: torch.zeros_like(gamma) for name, gamma in gammas.items()}
-        importance.store(gammas)
-        importance.tasks = int(metadata["tasks"])
+        try:
+            importance.store(gammas)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+        importance.tasks = tasks
         return importance
 
     def __getstate__(self) -> dict:

@@ -114,8 +114,10 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
                 bar.set_postfix_str(f"{which} of {len(losses)}")
                 clear()
                 _fold(sweep, sums_of(_counted(loader, bar), losses, sweep, parameters), parameters, fold, finished)
-    finally:
         clear()
+    except BaseException:
+        clear()  # again, if it was interrupted
+        raise
 
 
 def _losses_together(losses: Sequence[Callable], parameters: Sequence[Tensor]) -> int:

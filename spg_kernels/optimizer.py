@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -114,8 +114,9 @@ class SPGOptimizer(Optimizer):
                 built_with = group["param_names"][s] if "param_names" in group else f"{g}.{s}"
                 name = given[id(parameter)] if given is not None else self.importance.name_of(parameter) or built_with
                 trunk.append((name, parameter))
-        for name, parameter in trunk:
-            self.importance.add(name, parameter)
+        frozen = [] if named is None else [(name, parameter) for name, parameter in named.items() if name in self.importance
+                                           and id(parameter) not in self._head_parameters]
+        self.importance.attach(frozen + trunk)
 
     def _gamma(self, parameter: Tensor) -> Tensor:
         """What masks `parameter`: its gamma as stored, or the heads' one value."""
@@ -201,9 +202,9 @@ class SPGOptimizer(Optimizer):
         originals: list[tuple[Tensor, Tensor]] = []
 
         def restore() -> None:
-            while originals:
-                parameter, grad = originals.pop()
+            for parameter, grad in originals:
                 parameter.grad = grad
+            originals.clear()
 
         @torch.no_grad()
         def mask() -> None:
@@ -223,9 +224,12 @@ class SPGOptimizer(Optimizer):
         try:
             if closure is None:
                 mask()
-            return self._inner_step(closure and masked_closure)
-        finally:
+            loss = self._inner_step(closure and masked_closure)
             restore()
+        except BaseException:
+            restore()  # again, if it was interrupted
+            raise
+        return loss
 
     def accumulate_importance(self) -> None:
         """Fold the current `.grad` of every trunk parameter into gamma; `.grad` is left alone, None changes nothing.
@@ -306,16 +310,23 @@ class SPGOptimizer(Optimizer):
         """Load the inner optimizer's state and, where `state_dict` has it, the importance.
 
         Raises:
-            ValueError: groups, shapes or values that do not fit; gamma and the inner optimizer are as before.
+            ValueError, TypeError: groups, shapes or values that do not fit, or whatever the inner optimizer raises; gamma and
+                the inner optimizer are as before. Post hooks run when all is loaded, so an error of theirs undoes nothing.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
+        groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+        if not (isinstance(groups, Sequence) and all(isinstance(group, Mapping) and "params" in group for group in groups)
+                and isinstance(state_dict.get("state"), Mapping)):
+            raise ValueError("state_dict: expected 'state' and 'param_groups' with 'params' in each, as state_dict() gives them")
         saved = self._by_key(state_dict)
         gammas, inner_state = {}, {}
         for i, state in state_dict["state"].items():
             inner_state[i] = {key: value for key, value in state.items() if key != KEY} if isinstance(state, dict) else state
             if i in saved and KEY in state:
+                if not isinstance(state[KEY], Tensor):
+                    raise TypeError(f"state[{i!r}][{KEY!r}]: expected a tensor, got {type(state[KEY]).__name__}")
                 name = self.importance.name_of(saved[i])
                 if name is not None:
                     gammas[name] = state[KEY]
@@ -324,7 +335,12 @@ class SPGOptimizer(Optimizer):
             if not inner_state[i]:
                 del inner_state[i]  # it held the importance alone
         self.importance.check(gammas)
-        self.inner.load_state_dict({**state_dict, "state": inner_state})
+        before = self.inner.state, self.inner.param_groups  # which torch's optimizers replace, not change
+        try:
+            self.inner.load_state_dict({**state_dict, "state": inner_state})
+        except BaseException:
+            self.inner.state, self.inner.param_groups = before
+            raise
         self.importance.store(gammas)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
