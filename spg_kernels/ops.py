@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import reference
+from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma  # noqa: F401  (importance.py reads gammas through this room)
 
 log = logging.getLogger("spg_kernels")
@@ -309,6 +310,7 @@ def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor], *, backend
     """
     _check_floating("grads", grads, complex_too=True)
     _check_gammas("grads", grads, gammas, one_value=False)
+    check_disjoint({"gammas": gammas}, {"grads": grads})
     fold(gammas, grads, [f"grads[{i}]" for i in range(len(grads))], backend)
 
 
@@ -330,6 +332,7 @@ def soft_mask_(grads: list[Tensor], gammas: list[Tensor], *, backend: str = "aut
     """
     _check_floating("grads", grads, complex_too=True)
     _check_gammas("grads", grads, gammas)
+    check_disjoint({"grads": grads}, {"gammas": gammas})
     _call("soft_mask_", grads, gammas, backend=backend)
 
 
@@ -344,6 +347,7 @@ def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Te
     for i, (param, old) in enumerate(zip(params, old_params)):
         if param.dtype != old.dtype:
             raise TypeError(f"old_params[{i}]: expected {param.dtype} of params[{i}], got {old.dtype}")
+    check_disjoint({"params": params}, {"old_params": old_params, "gammas": gammas})
     _call("update_mask_", params, old_params, gammas, backend=backend)
 
 
@@ -367,6 +371,7 @@ def masked_sgd_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor],
     _check_step(params, grads, gammas, mask, momentum_buffers=momentum_buffers)
     if momentum and len(momentum_buffers) != len(params):
         raise ValueError(f"momentum_buffers: expected {len(params)} tensors with momentum = {momentum}, got {len(momentum_buffers)}")
+    check_disjoint({"params": params, "momentum_buffers": momentum_buffers}, {"grads": grads, "gammas": gammas})
     _call("masked_sgd_", params, grads, gammas, list(momentum_buffers) if momentum else [], lr=lr, momentum=momentum,
           dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
           is_first_step=is_first_step, mask=mask, backend=backend)
@@ -398,5 +403,7 @@ def masked_adamw_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor
     for i, step in enumerate(state_steps):
         if step.numel() != 1 or step.dtype != torch.float32:
             raise TypeError(f"state_steps[{i}]: expected one float32 value, got {step.dtype} of shape {tuple(step.shape)}")
+    check_disjoint({"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs,
+                    "state_steps": state_steps}, {"grads": grads, "gammas": gammas})
     _call("masked_adamw_", params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr=lr, beta1=beta1,
           beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, mask=mask, backend=backend)
