@@ -1,7 +1,7 @@
 """Importance: gamma by parameter name, one buffer a parameter however many tasks there are."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch

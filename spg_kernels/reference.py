@@ -89,13 +89,13 @@ def opmath(tensor: Tensor) -> torch.dtype:
 def scale(grad: Tensor, gamma: Tensor) -> Tensor:
     """(1 - gamma) g. A select at gamma = 1: a protected element stays 0 even where g is inf or NaN."""
     passes = keep(gamma, opmath(grad))
-    return torch.where(passes == 0, 0, grad * passes)
+    return torch.where(passes == 0, 0, grad.to(torch.promote_types(grad.dtype, passes.dtype)) * passes)
 
 
 def blend(new: Tensor, old: Tensor, gamma: Tensor) -> Tensor:
     """old + (1 - gamma)(new - old), exactly `old` at gamma = 1 and exactly `new` at gamma = 0, finite or not."""
     passes = keep(gamma, opmath(new))
-    between = (old + passes * (new - old)).to(new.dtype)
+    between = (old + passes * (new.to(torch.promote_types(new.dtype, passes.dtype)) - old)).to(new.dtype)
     return torch.where(passes == 0, old, torch.where(passes == 1, new, between))
 
 

@@ -1,9 +1,15 @@
 import pytest
 import torch
+from hypothesis import settings
 
 from spg_kernels import ops
 
 from .models import Net
+
+# The same cases every run; `--hypothesis-profile=long` draws others, many more of them.
+settings.register_profile("short", max_examples=100, derandomize=True, deadline=None, database=None)
+settings.register_profile("long", max_examples=20_000, deadline=None, print_blob=True)
+settings.load_profile("short")
 
 
 @pytest.fixture(params=["reference", "native"])

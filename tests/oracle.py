@@ -6,7 +6,12 @@ import torch
 
 
 def importance(grad: torch.Tensor) -> torch.Tensor:
-    """|tanh((g - mean) / std)| in float64, the sums taken exactly (math.fsum)."""
+    """|tanh((g - mean) / std)| in float64."""
+    return z(grad).tanh()
+
+
+def z(grad: torch.Tensor) -> torch.Tensor:
+    """|g - mean| / std in float64, the sums taken exactly (math.fsum)."""
     values = grad.double().flatten().tolist()
     n = len(values)
     if n < 2 or min(values) == max(values):
@@ -14,7 +19,7 @@ def importance(grad: torch.Tensor) -> torch.Tensor:
     mean = math.fsum(values) / n
     scale = max(abs(v - mean) for v in values)
     std = scale * math.sqrt(math.fsum(((v - mean) / scale) ** 2 for v in values) / (n - 1))
-    return torch.tensor([abs(math.tanh((v - mean) / std)) for v in values], dtype=torch.float64).reshape(grad.shape)
+    return torch.tensor([abs((v - mean) / std) for v in values], dtype=torch.float64).reshape(grad.shape)
 
 
 def keep(gamma: torch.Tensor) -> torch.Tensor:

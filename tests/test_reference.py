@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spg_kernels import SPGOptimizer, cross_head_losses
+from spg_kernels import SPGOptimizer, cross_head_losses, reference
 
 from .models import Net, tasks
 
@@ -71,3 +71,13 @@ def test_three_tasks_with_heads_equal_the_method_written_out(backend, mask, fres
         assert (p - q).abs().max() < limit, name
     for name, exact in gamma.items():
         assert (optimizer.importance[f"trunk.{name}"] - exact).abs().max() < limit, name
+
+
+def test_half_precision_is_widened_before_it_is_subtracted_or_scaled():
+    new = torch.tensor([60000.0], dtype=torch.float16)
+    reference.update_mask_([new], [-new], [torch.tensor([0.25])])
+    assert new == 30000, "the difference of the two is beyond float16"
+    grad = torch.tensor([1000.0], dtype=torch.float16)
+    share = 1e-6
+    reference.soft_mask_([grad], [torch.tensor(1 - share)])
+    assert abs(float(grad) - 1000 * (1 - float(torch.tensor(1 - share)))) <= 1e-3 * torch.finfo(torch.float16).eps
