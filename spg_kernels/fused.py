@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from . import ops
+from . import distributed, ops
 
 
 def patched_step(inner: Optimizer) -> Callable | None:
@@ -35,7 +35,8 @@ def _has_plain_settings(group: dict) -> bool:
 def step(inner: Optimizer, gamma_of: Callable[[Tensor], Tensor], mask: str, backend: str) -> bool:
     """One masked step of `inner` in a call a parameter group. False, with nothing done, where a backend must refuse."""
     calls = [call for group in inner.param_groups for call in (_sgd if type(inner) is SGD else _adam)(inner, group, gamma_of)]
-    if not ops.try_calls(calls, {"mask": mask}, backend):
+    on_shards = [call._replace(lists=distributed.local_lists(call.lists)) for call in calls]
+    if not ops.try_calls(on_shards, {"mask": mask}, backend):
         return False
     if type(inner) is SGD:
         for call in calls:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import ops
+from . import distributed, ops
 
 FORMAT_VERSION = 1
 
@@ -60,7 +60,9 @@ class Importance(Mapping):
             in 1 - gamma and never less protective.
 
     `importance[name_or_parameter]` is gamma as a new float32 tensor of the parameter's shape; assigning sets it. `tasks`
-    counts finished measuring passes.
+    counts finished measuring passes. gamma of a DTensor parameter is a DTensor with its placements; it can be set from one, or
+    from a whole tensor that is the same on every rank. Over sharded parameters every call that reads or sets values is
+    collective: make it on every rank.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]] = (), dtype: torch.dtype = torch.float32):
@@ -83,6 +85,7 @@ class Importance(Mapping):
         """Know `parameter` as `name`, with gamma = 0 if the name is new."""
         if not (parameter.is_floating_point() or parameter.is_complex()):
             raise TypeError(f"{name}: expected a floating point parameter, got {parameter.dtype}")
+        distributed.refuse_flattened(name, parameter)
         known_as = self.name_of(parameter)
         if known_as not in (None, name):
             raise ValueError(f"{name}: this parameter is already known as {known_as}")
@@ -134,7 +137,7 @@ class Importance(Mapping):
 
     def __getitem__(self, key: str | Tensor) -> Tensor:
         gamma = self._gammas[self._key(key)]
-        return ops.decode(gamma) if self.dtype == torch.uint8 else gamma.clone()
+        return distributed.on_shards(ops.decode, gamma) if self.dtype == torch.uint8 else gamma.clone()
 
     def __setitem__(self, key: str | Tensor, value: Tensor) -> None:
         name = self._key(key)
@@ -167,7 +170,7 @@ class Importance(Mapping):
         folded = {self._key(p): p for p in parameters if p.grad is not None}
         self.active = self.active or bool(folded)
         try:
-            ops.fold([self.gamma(p) for p in folded.values()], [p.grad for p in folded.values()], list(folded), backend)
+            distributed.fold([self.gamma(p) for p in folded.values()], [p.grad for p in folded.values()], list(folded), backend)
         finally:
             self._means_are_stale = True
 
@@ -180,10 +183,10 @@ class Importance(Mapping):
         """`mean()` on `device`. One tensor for good, brought up to date in place: a captured CUDA graph keeps its address."""
         if self._means_are_stale:
             for kept in self._means.values():
-                kept.copy_(ops.mean_gamma(list(self._gammas.values()), kept.device))
+                kept.copy_(distributed.mean_gamma(list(self._gammas.values()), kept.device))
             self._means_are_stale = False
         if device not in self._means:
-            self._means[device] = ops.mean_gamma(list(self._gammas.values()), device)
+            self._means[device] = distributed.mean_gamma(list(self._gammas.values()), device)
         return self._means[device]
 
     def summary(self) -> Capacity:
@@ -191,8 +194,9 @@ class Importance(Mapping):
         rows = []
         for name in self:
             gamma = self[name]
-            shares = [float((gamma > level).double().mean()) if gamma.numel() else 0.0 for level in (0.5, 0.99)]
-            rows.append(LayerCapacity(name, gamma.numel(), float(ops.mean_gamma([gamma])), *shares))
+            mean = float(distributed.mean_gamma([gamma], gamma.device))
+            shares = [above / max(1, gamma.numel()) for above in distributed.sums([gamma > 0.5, gamma > 0.99])]
+            rows.append(LayerCapacity(name, gamma.numel(), mean, *shares))
         return Capacity(tuple(rows), 1 - float(self.mean()), self.tasks)
 
     # Saving and loading
@@ -208,7 +212,8 @@ class Importance(Mapping):
             if name not in self._gammas:
                 raise ValueError(f"{name}: no parameter of that name has an importance here")
             self._check_shape(name, value)
-            stored[name] = _as_stored(name, value.detach(), self.dtype).to(self._gammas[name].device)
+            value = distributed.placed(value.detach(), self._gammas[name])
+            stored[name] = _as_stored(name, value, self.dtype).to(self._gammas[name].device)
         return stored
 
     def _check_shape(self, name: str, value: Tensor) -> None:
@@ -219,7 +224,7 @@ class Importance(Mapping):
         """Set gammas by name: float tensors in [0, 1], or uint8 codes. All are checked before any is set."""
         for name, value in self.check(values).items():
             self._gammas[name].copy_(value)
-            self.active = self.active or bool(value.any())
+            self.active = self.active or distributed.some(value)
         self._means_are_stale = True
 
     def state_dict(self) -> dict:
@@ -242,9 +247,20 @@ class Importance(Mapping):
         self.tasks = state["tasks"]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to `path` in safetensors, whole or not at all: a crash leaves the file that was there before."""
+        """Write to `path` in safetensors, whole or not at all: a crash leaves the file that was there before.
+
+        Of sharded gammas a collective call: the first rank gathers and writes them, the others do not wait for it.
+        torch.distributed.checkpoint writes shards as they are, from the optimizer's state dict or `state_dict()`.
+        """
         path = Path(path)
-        tensors = {name: gamma.contiguous() for name, gamma in self._gammas.items()}
+        writes = distributed.writes(self._gammas.values())
+        tensors = {}
+        for name, gamma in self._gammas.items():
+            gamma = distributed.whole(gamma)
+            if writes:
+                tensors[name] = gamma.contiguous()
+        if not writes:
+            return
         metadata = {"format": "spg_importance", "version": str(FORMAT_VERSION), "tasks": str(self.tasks),
                     "dtype": str(self.dtype).removeprefix("torch."), "names": json.dumps(list(self))}
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -288,7 +304,8 @@ class Importance(Mapping):
 
 
 def _placed(gamma: Tensor, parameter: Tensor) -> Tensor:
-    """`gamma` on the device and in the memory layout of `parameter`, which fused kernels walk through together."""
+    """`gamma` on the device, in the memory layout and sharded as `parameter`, which fused kernels walk through together."""
+    gamma = distributed.placed(gamma, parameter)
     if parameter.is_meta or (gamma.device == parameter.device and gamma.stride() == parameter.stride()):
         return gamma
     placed = torch.zeros_like(parameter, dtype=gamma.dtype, requires_grad=False)
@@ -298,12 +315,17 @@ def _placed(gamma: Tensor, parameter: Tensor) -> Tensor:
 def _as_stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value`, gammas in [0, 1] or uint8 codes, as `dtype` stores it."""
     if value.dtype == torch.uint8:
-        return value if dtype == torch.uint8 else ops.decode(value)
+        return value if dtype == torch.uint8 else distributed.on_shards(ops.decode, value)
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected floating point gammas or torch.uint8 codes, got {value.dtype}")
-    if not bool(((value >= 0) & (value <= 1)).all()):
-        raise ValueError(f"{name}: expected finite values in [0, 1], got {value.min().item()} to {value.max().item()}")
-    return ops.encode_gamma(value) if dtype == torch.uint8 else value.float()
+    if distributed.some(distributed.on_shards(_outside, value)):
+        seen = distributed.whole(value)
+        raise ValueError(f"{name}: expected finite values in [0, 1], got {seen.min().item()} to {seen.max().item()}")
+    return distributed.on_shards(ops.encode_gamma, value) if dtype == torch.uint8 else value.float()
+
+
+def _outside(gamma: Tensor) -> Tensor:
+    return ~((gamma >= 0) & (gamma <= 1))
 
 
 def cross_head_losses(model: nn.Module, task: int, loss: Callable[[Tensor, Tensor], Tensor]) -> list[Callable]:

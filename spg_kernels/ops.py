@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import reference
-from .reference import decode, encode_gamma, mean_gamma  # noqa: F401  (importance.py reads gammas through this room)
+from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
 
 log = logging.getLogger("spg_kernels")
 
