@@ -168,6 +168,8 @@ class Importance(Mapping):
             NonFiniteGradientError: names every parameter with an inf or NaN in its gradient; their gamma is untouched.
         """
         folded = {self._key(p): p for p in parameters if p.grad is not None}
+        for name, parameter in folded.items():
+            distributed.refuse_flattened(name, parameter)  # once more: after it was known, somebody may have
         self.active = self.active or bool(folded)
         try:
             distributed.fold([self.gamma(p) for p in folded.values()], [p.grad for p in folded.values()], list(folded), backend)
