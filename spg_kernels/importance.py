@@ -92,7 +92,7 @@ class Importance(Mapping):
         if name not in self._gammas:
             self._gammas[name] = torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)
         else:
-            self._check_shape(name, parameter)
+            self._check_fits(name, parameter)
             self._gammas[name] = _placed(self._gammas[name], parameter)
         if name in self._parameters:
             del self._names[id(self._parameters[name])]
@@ -106,11 +106,11 @@ class Importance(Mapping):
         Other names are left alone: heads, for one, hold no gamma.
 
         Raises:
-            ValueError: a shape differs; nothing has changed.
+            ValueError: a shape differs, or a parameter is no longer sharded; nothing has changed.
         """
         known = [(name, parameter) for name, parameter in named_parameters if name in self._gammas]
         for name, parameter in known:
-            self._check_shape(name, parameter)
+            self._check_fits(name, parameter)
         for name, parameter in known:
             self.add(name, parameter)
 
@@ -172,7 +172,8 @@ class Importance(Mapping):
             distributed.refuse_flattened(name, parameter)  # once more: after it was known, somebody may have
         self.active = self.active or bool(folded)
         try:
-            distributed.fold([self.gamma(p) for p in folded.values()], [p.grad for p in folded.values()], list(folded), backend)
+            parameters = folded.values()
+            distributed.fold([self.gamma(p) for p in parameters], [p.grad for p in parameters], list(folded), backend)
         finally:
             self._means_are_stale = True
 
@@ -217,6 +218,12 @@ class Importance(Mapping):
             value = distributed.placed(value.detach(), self._gammas[name])
             stored[name] = _as_stored(name, value, self.dtype).to(self._gammas[name].device)
         return stored
+
+    def _check_fits(self, name: str, parameter: Tensor) -> None:
+        self._check_shape(name, parameter)
+        if distributed.is_dtensor(self._gammas[name]) and not distributed.is_dtensor(parameter):
+            raise ValueError(f"{name}: was sharded and is not any more; FSDP2 keeps parameters gathered after a forward pass "
+                             "that no backward follows, and trains none of these: call model.reshard() first")
 
     def _check_shape(self, name: str, value: Tensor) -> None:
         if value.shape != self._gammas[name].shape:

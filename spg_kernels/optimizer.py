@@ -47,8 +47,8 @@ class SPGOptimizer(Optimizer):
             raise ValueError(f"mask: {type(optimizer).__name__} moves the parameters in train() and eval() too, which undoes "
                              "mask='update'; use mask='gradient'")
         if getattr(optimizer, "_overlap_with_ddp", False):
-            raise ValueError("optimizer: ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside backward, where no mask "
-                             "reaches; use overlap_with_ddp=False")
+            raise ValueError("optimizer: ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside backward, where no "
+                             "mask reaches; use overlap_with_ddp=False")
         ops.require_backend(backend)
         self.inner = optimizer
         self.importance = Importance(dtype=importance_dtype) if importance is None else importance

@@ -106,13 +106,11 @@ def a_full_state_is_broadcast_from_rank_0(directory):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
+    """What two ranks saved, and two and three ranks went on from."""
     directory = tmp_path_factory.mktemp("checkpoints")
-    ranks.run(2, directory, two_ranks_save, a_full_state_is_broadcast_from_rank_0)
+    going_on = (ranks_load, a_full_state_is_broadcast_from_rank_0)
+    ranks.run(directory, (2, (two_ranks_save, *going_on)), (3, going_on))
     return directory
-
-
-def test_three_ranks_go_on_from_what_two_saved(directory):
-    ranks.run(3, directory, ranks_load, a_full_state_is_broadcast_from_rank_0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
