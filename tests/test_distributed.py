@@ -221,6 +221,24 @@ def data_parallel_training_equals_one_process(directory):
         assert equal(values(net), _of_rank_0(values(net))), "every rank holds the same bits"
 
 
+def a_zero_redundancy_checkpoint_has_the_importance(directory):
+    def made():
+        net = small_net()
+        inner = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, lr=0.01)
+        return net, SPGOptimizer(inner, heads=net.heads, named_parameters=net.named_parameters())
+
+    net, optimizer = made()
+    learn(net, optimizer, tasks(1))
+    with pytest.raises(RuntimeError, match="consolidate_state_dict"):
+        optimizer.state_dict()
+    optimizer.inner.consolidate_state_dict(to=0)
+    sent = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(sent)
+    _, loaded = made()
+    loaded.load_state_dict(sent[0])
+    assert equal(loaded.importance.values(), optimizer.importance.values()) and loaded.importance.active
+
+
 def _of_rank_0(tensors):
     for tensor in (copies := [t.clone() for t in tensors]):
         dist.broadcast(tensor, 0)
@@ -247,6 +265,14 @@ def non_finite_gradients_raise_the_same_everywhere(directory):
     assert error.value.names == found
     assert not distributed.some(optimizer.importance[weight])
     assert distributed.some(optimizer.importance["trunk.2.weight"]), "the finite ones are folded in"
+
+    net = small_net()
+    parallel = DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer = wrap(net)
+    parallel(torch.full((2, 10), torch.nan if dist.get_rank() == 1 else 1.0), 0).sum().backward()
+    with pytest.raises(NonFiniteGradientError) as error:
+        optimizer.accumulate_importance()
+    assert error.value.names == ["trunk.0.weight", "trunk.0.bias", "trunk.2.weight", "trunk.2.bias"]
 
 
 def importance_follows_parameters_into_shards(directory):
@@ -312,7 +338,8 @@ def an_optimizer_that_steps_in_backward_is_refused(directory):
 
 ONE_TENSOR = (shards_equal_the_oracle, wide_float64_gradients_keep_their_digits, every_placement_equals_the_oracle)
 TRAINING = (fully_sharded_training_equals_one_process, importance_of_the_same_gradients_equals_one_process,
-            tensor_parallel_training_equals_one_process, data_parallel_training_equals_one_process)
+            tensor_parallel_training_equals_one_process, data_parallel_training_equals_one_process,
+            a_zero_redundancy_checkpoint_has_the_importance)
 CHANGES = (non_finite_gradients_raise_the_same_everywhere, importance_follows_parameters_into_shards,
            a_model_born_on_meta_is_sharded_then_filled, flattened_parameters_are_refused,
            an_optimizer_that_steps_in_backward_is_refused)
