@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from . import ops
+from . import distributed, ops
 from .importance import Importance
 
 
@@ -67,7 +67,8 @@ class FusedStep:
         step = _sgd if isinstance(inner, SGD) else _adam
         calls = [call for group, found, own in zip(inner.param_groups, self._found, grads)
                  for call in step(inner, group, found, [grad for grad in own if grad is not None])]
-        if not ops.try_calls(calls, {"mask": mask}, backend):
+        on_shards = [call._replace(lists=distributed.local_lists(call.lists)) for call in calls]
+        if not ops.try_calls(on_shards, {"mask": mask}, backend):
             return False
         for call in calls:
             if call.settings.get("is_first_step"):

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from . import files, ops
+from . import distributed, files, ops
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class Importance(Mapping):
             in 1 - gamma and never less protective.
 
     `importance[name_or_parameter]` is gamma as a new float32 tensor of the parameter's shape; assigning sets it. `tasks`
-    counts finished measuring passes.
+    counts finished measuring passes. gamma of a DTensor parameter is a DTensor with its placements; it can be set from one, or
+    from a whole tensor that is the same on every rank. Over sharded parameters every call that reads or sets values is
+    collective: make it on every rank.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]] = (), dtype: torch.dtype = torch.float32):
@@ -92,7 +94,7 @@ class Importance(Mapping):
         Other names are left alone: heads, for one, hold no gamma.
 
         Raises:
-            ValueError: a shape differs; nothing has changed.
+            ValueError: a shape differs, or a parameter is no longer sharded; nothing has changed.
         """
         self._add_all([(name, parameter) for name, parameter in named_parameters if name in self._gammas])
 
@@ -117,11 +119,12 @@ class Importance(Mapping):
     def _check_parameter(self, name: str, parameter: Tensor) -> None:
         if not (parameter.is_floating_point() or parameter.is_complex()):
             raise TypeError(f"{name}: expected a floating point parameter, got {parameter.dtype}")
+        distributed.refuse_flattened(name, parameter)
         known_as = self.name_of(parameter)
         if known_as not in (None, name):
             raise ValueError(f"{name}: this parameter is already known as {known_as}")
         if name in self._gammas:
-            self._check_shape(name, parameter)
+            self._check_fits(name, parameter)
 
     def name_of(self, parameter: Tensor) -> str | None:
         """The name `parameter` is known by, None if it is not."""
@@ -147,7 +150,7 @@ class Importance(Mapping):
 
     def __getitem__(self, key: str | Tensor) -> Tensor:
         gamma = self._gammas[self._key(key)]
-        return ops.decode(gamma) if self.dtype == torch.uint8 else gamma.clone()
+        return distributed.on_shards(ops.decode, gamma) if self.dtype == torch.uint8 else gamma.clone()
 
     def __setitem__(self, key: str | Tensor, value: Tensor) -> None:
         name = self._key(key)
@@ -184,8 +187,11 @@ class Importance(Mapping):
     def fold(self, gradients: Iterable[tuple[Tensor, Tensor]], backend: str = "auto") -> None:
         """`accumulate` of (parameter, gradient) pairs: a gradient need not be the parameter's `.grad`, nor of its dtype."""
         folded = {self._key(p): (p, grad) for p, grad in gradients}
+        for name, (parameter, _) in folded.items():
+            distributed.refuse_flattened(name, parameter)  # once more: after it was known, somebody may have
         self._will_change(bool(folded))
-        ops.fold([self.gamma(p) for p, _ in folded.values()], [grad for _, grad in folded.values()], list(folded), backend)
+        distributed.fold([self.gamma(p) for p, _ in folded.values()], [grad for _, grad in folded.values()], list(folded),
+                         backend)
 
     def _will_change(self, active: bool) -> None:
         # Before any gamma changes, not after: whatever interrupts the change, the next step masks by what it left.
@@ -201,14 +207,14 @@ class Importance(Mapping):
         """`mean()` on `device`. One tensor for good, brought up to date in place: a captured CUDA graph keeps its address."""
         self.update_means()
         if device not in self._means:
-            self._means[device] = ops.mean_gamma(list(self._gammas.values()), device)
+            self._means[device] = distributed.mean_gamma(list(self._gammas.values()), device)
         return self._means[device]
 
     def update_means(self) -> None:
         """Bring the tensors of `mean_on` up to date, if gamma has changed."""
         if self._means_are_stale:
             for kept in self._means.values():
-                kept.copy_(ops.mean_gamma(list(self._gammas.values()), kept.device))
+                kept.copy_(distributed.mean_gamma(list(self._gammas.values()), kept.device))
             self._means_are_stale = False
 
     def summary(self) -> Capacity:
@@ -216,8 +222,9 @@ class Importance(Mapping):
         rows = []
         for name in self:
             gamma = self[name]
-            shares = [float((gamma > level).double().mean()) if gamma.numel() else 0.0 for level in (0.5, 0.99)]
-            rows.append(LayerCapacity(name, gamma.numel(), float(ops.mean_gamma([gamma])), *shares))
+            mean = float(distributed.mean_gamma([gamma], gamma.device))
+            shares = [above / max(1, gamma.numel()) for above in distributed.sums([gamma > 0.5, gamma > 0.99])]
+            rows.append(LayerCapacity(name, gamma.numel(), mean, *shares))
         return Capacity(tuple(rows), 1 - float(self.mean()), self.tasks)
 
     # Saving and loading
@@ -235,8 +242,15 @@ class Importance(Mapping):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
             self._check_shape(name, value)
-            stored[name] = _as_stored(name, value.detach(), self.dtype).to(self._gammas[name].device)
+            value = distributed.placed(value.detach(), self._gammas[name])
+            stored[name] = _as_stored(name, value, self.dtype).to(self._gammas[name].device)
         return stored
+
+    def _check_fits(self, name: str, parameter: Tensor) -> None:
+        self._check_shape(name, parameter)
+        if distributed.is_dtensor(self._gammas[name]) and not distributed.is_dtensor(parameter):
+            raise ValueError(f"{name}: was sharded and is not any more; FSDP2 keeps parameters gathered after a forward pass "
+                             "that no backward follows, and trains none of these: call model.reshard() first")
 
     def _check_shape(self, name: str, value: Tensor) -> None:
         if value.shape != self._gammas[name].shape:
@@ -245,7 +259,7 @@ class Importance(Mapping):
     def store(self, values: Mapping[str, Tensor]) -> None:
         """Set gammas by name: float tensors in [0, 1], or uint8 codes. All are checked before any is set."""
         checked = self.check(values)
-        self._will_change(any(bool(value.any()) for value in checked.values()))
+        self._will_change(any(distributed.some(value) for value in checked.values()))
         for name, value in checked.items():
             self._gammas[name].copy_(value)
 
@@ -273,12 +287,21 @@ class Importance(Mapping):
     def save(self, path: str | os.PathLike) -> None:
         """Write to `path` in safetensors, whole or not at all: a crash or a full disk leaves the file that was there before.
 
-        A process killed in here leaves a file `.<name>.<random>.tmp` beside it, which may be deleted.
+        A process killed in here leaves a file `.<name>.<random>.tmp` beside it, which may be deleted. Of sharded gammas a
+        collective call: the first rank gathers and writes them, the others do not wait for it. torch.distributed.checkpoint
+        writes shards as they are, from the optimizer's state dict or `state_dict()`.
 
         Raises:
             OSError: what the operating system refused, with `path`.
         """
-        files.write(path, self._gammas, self.tasks, self.dtype)
+        writes = distributed.writes(self._gammas.values())
+        gammas = {}
+        for name, gamma in self._gammas.items():
+            gamma = distributed.whole(gamma)
+            if writes:
+                gammas[name] = gamma
+        if writes:
+            files.write(path, gammas, self.tasks, self.dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Importance":
@@ -306,7 +329,8 @@ class Importance(Mapping):
 
 
 def _placed(gamma: Tensor, parameter: Tensor) -> Tensor:
-    """`gamma` on the device and in the memory layout of `parameter`, which fused kernels walk through together."""
+    """`gamma` on the device, in the memory layout and sharded as `parameter`, which fused kernels walk through together."""
+    gamma = distributed.placed(gamma, parameter)
     if parameter.is_meta or (gamma.device == parameter.device and gamma.stride() == parameter.stride()):
         return gamma
     placed = torch.zeros_like(parameter, dtype=gamma.dtype, requires_grad=False)
@@ -316,9 +340,14 @@ def _placed(gamma: Tensor, parameter: Tensor) -> Tensor:
 def _as_stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value`, gammas in [0, 1] or uint8 codes, as `dtype` stores it."""
     if value.dtype == torch.uint8:
-        return value if dtype == torch.uint8 else ops.decode(value)
+        return value if dtype == torch.uint8 else distributed.on_shards(ops.decode, value)
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected floating point gammas or torch.uint8 codes, got {value.dtype}")
-    if not bool(((value >= 0) & (value <= 1)).all()):
-        raise ValueError(f"{name}: expected finite values in [0, 1], got {value.min().item()} to {value.max().item()}")
-    return ops.encode_gamma(value) if dtype == torch.uint8 else value.float()
+    if distributed.some(distributed.on_shards(_outside, value)):
+        seen = distributed.whole(value)
+        raise ValueError(f"{name}: expected finite values in [0, 1], got {seen.min().item()} to {seen.max().item()}")
+    return distributed.on_shards(ops.encode_gamma, value) if dtype == torch.uint8 else value.float()
+
+
+def _outside(gamma: Tensor) -> Tensor:
+    return ~((gamma >= 0) & (gamma <= 1))

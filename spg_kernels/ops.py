@@ -24,7 +24,7 @@ from . import reference
 from .backends.plans import LISTS, Lists, Plan, addresses_of
 from .checks import CHECKS, GAMMA_DTYPES, MASKS, check_floating, check_mask  # noqa: F401
 from .memory import check_disjoint
-from .reference import decode, encode_gamma, mean_gamma  # noqa: F401  (importance.py reads gammas through this room)
+from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
 
 log = logging.getLogger("spg_kernels")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import fused, ops
+from . import distributed, fused, ops
 from .importance import Importance
 from .measuring import Interrupted, measure
 
@@ -48,6 +48,9 @@ class SPGOptimizer(Optimizer):
         if mask == "update" and callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
             raise ValueError(f"mask: {type(optimizer).__name__} moves the parameters in train() and eval() too, which undoes "
                              "mask='update'; use mask='gradient'")
+        if getattr(optimizer, "_overlap_with_ddp", False):
+            raise ValueError("optimizer: ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside backward, where no "
+                             "mask reaches; use overlap_with_ddp=False")
         ops.require_backend(backend)
         self.inner = optimizer
         self.importance = Importance(dtype=importance_dtype) if importance is None else importance
@@ -182,18 +185,17 @@ class SPGOptimizer(Optimizer):
     def _update_masked_step(self, closure: Callable | None):
         """p <- p_old + (1 - gamma)(p_new - p_old) around the inner step. If that fails, parameters are as before."""
         parameters = [p for p in self._parameters() if p.requires_grad]
-        gammas = [self._gamma(p) for p in parameters]
-        old = [p.detach().clone() for p in parameters]
+        gammas = [distributed.local(self._gamma(p)) for p in parameters]
+        old = [p.clone() for p in _values(parameters)]
         if parameters:
             # A backend that refuses must do so before the inner step changes its state.
-            ops.choose("update_mask_", ([p.detach() for p in parameters], old, gammas), self.backend)
+            ops.choose("update_mask_", (_values(parameters), old, gammas), self.backend)
         try:
             loss = self._inner_step(closure)
-            ops.update_mask_([p.detach() for p in parameters], old, gammas, backend=self.backend)
+            ops.update_mask_(_values(parameters), old, gammas, backend=self.backend)
         except BaseException:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, old):
-                    parameter.copy_(value)
+            for parameter, value in zip(_values(parameters), old):
+                parameter.copy_(value)
             raise
         return loss
 
@@ -209,7 +211,7 @@ class SPGOptimizer(Optimizer):
         @torch.no_grad()
         def mask() -> None:
             parameters = [p for p in self._parameters() if p.grad is not None]
-            masked = [_masked_copy(p.grad, self._gamma(p), self.backend) for p in parameters]
+            masked = [_masked_copy(distributed.placed(p.grad, p), self._gamma(p), self.backend) for p in parameters]
             for parameter, grad in zip(parameters, masked):
                 originals.append((parameter, parameter.grad))
                 parameter.grad = grad
@@ -380,8 +382,13 @@ def _masked_copy(grad: Tensor, gamma: Tensor, backend: str) -> Tensor:
         return torch.sparse_coo_tensor(grad.indices(), _masked_copy(grad.values(), gamma, backend), grad.shape,
                                        is_coalesced=True, check_invariants=False)
     masked = grad.detach().clone()
-    ops.soft_mask_([masked], [gamma], backend=backend)
+    ops.soft_mask_([distributed.local(masked)], [distributed.local(gamma)], backend=backend)
     return masked
+
+
+def _values(parameters: list[Tensor]) -> list[Tensor]:
+    """What kernels mask: parameters without their autograd history, this rank's shards of DTensors."""
+    return [distributed.local(p).detach() for p in parameters]
 
 
 def _initialize_state(inner: Optimizer) -> None:
@@ -394,7 +401,7 @@ def _initialize_state(inner: Optimizer) -> None:
         without_grad = [p for p in missing if p.grad is None]
         try:
             for parameter in without_grad:
-                parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand_as(parameter)
+                parameter.grad = parameter.detach().new_zeros(()).expand_as(parameter)
             inner._init_group({**group, "params": missing}, *([] for _ in range(lists)))
         finally:
             for parameter in without_grad:

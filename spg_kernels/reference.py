@@ -26,7 +26,12 @@ def standardize(grad: Tensor) -> Tensor:
 
 def importance(grad: Tensor) -> Tensor:
     """a = |tanh(z)|, float32, of `grad`'s shape, in [0, 1]. NaN throughout if `grad` holds an inf or a NaN."""
-    return _standing_out(grad).tanh().float()
+    return squash(_standing_out(grad), torch.float32)
+
+
+def squash(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """tanh(z) of z = |z|, as `dtype` stores it: float32 or the 8-bit code."""
+    return (z * CODE_SCALE).ceil().clamp(max=255).to(torch.uint8) if dtype == torch.uint8 else z.tanh().float()
 
 
 def _standing_out(grad: Tensor) -> Tensor:
@@ -61,8 +66,7 @@ def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
         z = _standing_out(grad)
         finite[i] = bool(z.isfinite().all())
         if finite[i]:
-            a = (z * CODE_SCALE).ceil().clamp(max=255).to(torch.uint8) if gamma.dtype == torch.uint8 else z.tanh().float()
-            gamma.copy_(torch.maximum(gamma, a))
+            gamma.copy_(torch.maximum(gamma, squash(z, gamma.dtype)))
     return finite.to(grads[0].device) if grads else finite
 
 
