@@ -1,8 +1,7 @@
 """SPGOptimizer: a torch optimizer around a torch optimizer, that lets important parameters move less."""
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +9,7 @@ from torch.optim import Optimizer
 
 from . import fused, ops
 from .importance import Importance, measure
-
-KEY = "spg_importance"  # of a parameter's gamma in the state dict
+from .state import KEY, State, initialize, recover_codes, without_importance
 
 
 class SPGOptimizer(Optimizer):
@@ -75,11 +73,15 @@ class SPGOptimizer(Optimizer):
         self.inner.param_groups = groups
 
     @property
-    def state(self) -> dict:
-        return self.inner.state
+    def state(self) -> State:
+        return State(self.inner.state, self._stored_gamma, self._store_gamma)
 
     @state.setter
-    def state(self, state: dict) -> None:
+    def state(self, state: MutableMapping) -> None:
+        if isinstance(state, State):
+            state = state.inner
+        for parameter, entry in state.items():
+            state[parameter] = without_importance(entry)
         self.inner.state = state
 
     @property
@@ -174,17 +176,32 @@ class SPGOptimizer(Optimizer):
     def _generic_step(self, closure: Callable | None):
         return self._update_masked_step(closure) if self.mask == "update" else self._gradient_masked_step(closure)
 
+    def _is_tracked(self) -> bool:
+        """Whether autograd follows the step (`differentiable=True`), which it can through the reference alone."""
+        tracked = self.defaults.get("differentiable", False)
+        if tracked and self.backend not in ("auto", "reference"):
+            raise ops.BackendError(f"backend {self.backend!r}: autograd cannot see through its kernels, and "
+                                   f"{type(self.inner).__name__} has differentiable=True")
+        return tracked
+
     def _update_masked_step(self, closure: Callable | None):
         """p <- p_old + (1 - gamma)(p_new - p_old) around the inner step. If that fails, parameters are as before."""
-        parameters = [p for p in self._parameters() if p.requires_grad]
-        gammas = [self._gamma(p) for p in parameters]
-        old = [p.detach().clone() for p in parameters]
-        if parameters:
+        tracked = self._is_tracked()
+        trainable = [p for p in self._parameters() if p.requires_grad]
+        gammas = [self._gamma(p) for p in trainable]
+        parameters = trainable if tracked else [p.detach() for p in trainable]
+        with torch.set_grad_enabled(tracked):
+            old = [p.clone() for p in parameters]
+        if parameters and not torch.compiler.is_compiling():
             # A backend that refuses must do so before the inner step changes its state.
-            ops.choose("update_mask_", ([p.detach() for p in parameters], old, gammas), self.backend)
+            ops.choose("update_mask_", (parameters, old, gammas), self.backend)
         try:
             loss = self._inner_step(closure)
-            ops.update_mask_([p.detach() for p in parameters], old, gammas, backend=self.backend)
+            if tracked:
+                with torch.enable_grad():
+                    ops.reference.update_mask_(parameters, old, gammas)
+            else:
+                ops.update_mask_(parameters, old, gammas, backend=self.backend)
         except BaseException:
             with torch.no_grad():
                 for parameter, value in zip(parameters, old):
@@ -194,6 +211,7 @@ class SPGOptimizer(Optimizer):
 
     def _gradient_masked_step(self, closure: Callable | None):
         """The inner step on masked copies of the gradients. A closure makes new gradients, which are masked after it ran."""
+        tracked = self._is_tracked()
         originals: list[tuple[Tensor, Tensor]] = []
 
         def restore() -> None:
@@ -201,10 +219,11 @@ class SPGOptimizer(Optimizer):
                 parameter, grad = originals.pop()
                 parameter.grad = grad
 
-        @torch.no_grad()
         def mask() -> None:
             parameters = [p for p in self._parameters() if p.grad is not None]
-            masked = [_masked_copy(p.grad, self._gamma(p), self.backend) for p in parameters]
+            with torch.set_grad_enabled(tracked):
+                masked = [ops.reference.scale(p.grad, self._gamma(p)) if tracked else _masked_copy(p.grad, self._gamma(p), self.backend)
+                          for p in parameters]
             for parameter, grad in zip(parameters, masked):
                 originals.append((parameter, parameter.grad))
                 parameter.grad = grad
@@ -265,7 +284,7 @@ class SPGOptimizer(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        _initialize_state(self.inner)
+        initialize(self.inner)
         state_dict = self.inner.state_dict()
         state_dict["state"] = {**state_dict["state"], **{
             i: {**state_dict["state"].get(i, {}), KEY: self._stored_gamma(p)} for i, p in self._by_key(state_dict).items()}}
@@ -285,6 +304,10 @@ class SPGOptimizer(Optimizer):
         self._gamma(parameter)  # raises unless it is a head, which holds no gamma
         return torch.zeros((), device=parameter.device)
 
+    def _store_gamma(self, parameter: Tensor, gamma: Tensor) -> None:
+        if (name := self.importance.name_of(parameter)) is not None:
+            self.importance.store({name: gamma})
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Load the inner optimizer's state and, where `state_dict` has it, the importance.
 
@@ -297,7 +320,7 @@ class SPGOptimizer(Optimizer):
         saved = self._by_key(state_dict)
         gammas, inner_state = {}, {}
         for i, state in state_dict["state"].items():
-            inner_state[i] = {key: value for key, value in state.items() if key != KEY} if isinstance(state, dict) else state
+            inner_state[i] = without_importance(state)
             if i in saved and KEY in state:
                 name = self.importance.name_of(saved[i])
                 if name is not None:
@@ -306,6 +329,7 @@ class SPGOptimizer(Optimizer):
                     raise ValueError(f"{self._slot_of(saved[i])} has an importance in this checkpoint but is a head here")
             if not inner_state[i]:
                 del inner_state[i]  # it held the importance alone
+        gammas = recover_codes(gammas)
         self.importance.check(gammas)
         self.inner.load_state_dict({**state_dict, "state": inner_state})
         self.importance.store(gammas)
@@ -349,20 +373,3 @@ def _masked_copy(grad: Tensor, gamma: Tensor, backend: str) -> Tensor:
     masked = grad.detach().clone()
     ops.soft_mask_([masked], [gamma], backend=backend)
     return masked
-
-
-def _initialize_state(inner: Optimizer) -> None:
-    """Give every parameter the state that torch's optimizers make lazily, in the first step that sees its gradient."""
-    if not hasattr(inner, "_init_group"):
-        return
-    lists = len(inspect.signature(inner._init_group).parameters) - 1
-    for group in inner.param_groups:
-        missing = [p for p in group["params"] if p.requires_grad and not inner.state.get(p)]
-        without_grad = [p for p in missing if p.grad is None]
-        try:
-            for parameter in without_grad:
-                parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand_as(parameter)
-            inner._init_group({**group, "params": missing}, *([] for _ in range(lists)))
-        finally:
-            for parameter in without_grad:
-                parameter.grad = None
