@@ -7,6 +7,7 @@ import torch
 
 from spg_kernels import SPGOptimizer
 
+
 def _matrices(parameters):
     return [p for p in parameters if p.dim() == 2]
 
