@@ -92,6 +92,13 @@ class SPGOptimizer(Optimizer):
     def defaults(self, defaults: dict) -> None:
         self.inner.defaults = defaults
 
+    def __getattr__(self, name: str) -> object:
+        # Trainers switch the mode of an optimizer that has one, as schedule-free ones do. Nothing else shines through: a
+        # GradScaler would take the inner optimizer's fused unscaling for this one's.
+        if name in ("train", "eval"):
+            return getattr(self.inner, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     # Heads and trunk
 
     def _find_heads(self) -> None:
@@ -286,6 +293,9 @@ class SPGOptimizer(Optimizer):
             hook(self)
         initialize(self.inner)
         state_dict = self.inner.state_dict()
+        if "state" not in state_dict:
+            raise TypeError(f"{type(self.inner).__name__}.state_dict() has {sorted(state_dict)} and no 'state' to put the "
+                            "importance into: save it and opt.importance.state_dict() side by side")
         state_dict["state"] = {**state_dict["state"], **{
             i: {**state_dict["state"].get(i, {}), KEY: self._stored_gamma(p)} for i, p in self._by_key(state_dict).items()}}
         for hook in self._optimizer_state_dict_post_hooks.values():

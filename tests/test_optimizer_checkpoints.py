@@ -20,6 +20,7 @@ KEY = "spg_importance"
 @pytest.mark.parametrize("inner", [name for name in INNER if not name.endswith(("foreach", "LBFGS", "Muon"))])
 @pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True, "cpu_offload": True}], ids=str)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.compatibility("torch.distributed.checkpoint: get, set, flattened, full", "torch", "works")
 def test_torch_distributed_checkpoint_resumes_the_trajectory(net, inner, options, tmp_path):
     """Into an optimizer that asked for its own state first, and into one that did not."""
     options = StateDictOptions(**options)
@@ -135,6 +136,7 @@ def test_gammas_of_zero_and_one_are_gammas(net):
 
 @pytest.mark.dropin(line=12)
 @pytest.mark.parametrize("inner", INNER)
+@pytest.mark.compatibility("checkpoints of a plain optimizer, both ways, `weights_only=True`", "torch", "works")
 def test_the_migration_of_the_readme_both_ways(net, inner, tmp_path):
     """plain -> wrapped: nothing is protected yet, and the trajectory is the plain one; wrapped -> plain: it goes on as it was."""
     plain = INNER[inner](net.parameters())

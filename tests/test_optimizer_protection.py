@@ -192,6 +192,7 @@ def test_eight_bit_importance_drives_the_same_step(net):
 
 
 @pytest.mark.dropin(line=2)
+@pytest.mark.compatibility("every optimizer in `torch.optim`, foreach and fused too, `mask=\"update\"`", "torch", "works")
 def test_the_list_of_inner_optimizers_is_all_of_torch(net):
     """SparseAdam alone takes nothing but sparse gradients: the test below."""
     classes = {cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)}
@@ -271,6 +272,8 @@ def test_momentum_from_before_does_not_move_what_is_important_now(net, inner):
 
 @pytest.mark.dropin(line=2)
 @pytest.mark.parametrize("inner", INNER)
+@pytest.mark.compatibility("the same, `mask=\"gradient\"`", "torch", "works with a note",
+                           "weight decay and adaptive steps undo it, as a warning says")
 def test_the_gradient_mask_warns_for_every_optimizer_that_undoes_it(net, inner):
     """Measured: at gamma = 1 weight decay still moves parameters, at gamma = 0.9 a step that adapts its scale hardly shrinks."""
     with warnings.catch_warnings(record=True) as caught:

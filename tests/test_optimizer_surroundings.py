@@ -29,6 +29,7 @@ SCHEDULERS = {
 @pytest.mark.dropin(line=10)
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.filterwarnings("error:Detected call of")
+@pytest.mark.compatibility("learning-rate schedulers, SWA", "torch", "works")
 def test_every_scheduler_reaches_the_inner_optimizer(net, name):
     def schedule(optimizer):
         scheduler = SCHEDULERS[name](optimizer)
@@ -47,6 +48,7 @@ def test_every_scheduler_reaches_the_inner_optimizer(net, name):
 @pytest.mark.dropin(line=14)
 @pytest.mark.parametrize("inner", ["SGD fused", "AdamW fused", "RMSprop"])
 @pytest.mark.parametrize("on", ["auto", "reference"])
+@pytest.mark.compatibility("GradScaler and clipping", "torch", "works")
 def test_scaled_and_clipped_gradients_are_masked_as_unscaled_ones(net, inner, on):
     """A fused optimizer unscales in its own step; clipping makes the scaler unscale before."""
     x = torch.randn(8, 10)
@@ -164,6 +166,8 @@ def test_tied_parameters_are_one_parameter(net):
 @pytest.mark.parametrize("mask", ["update", "gradient"])
 @pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam, torch.optim.RMSprop])
 @pytest.mark.filterwarnings("ignore:mask='gradient'", "ignore:The .grad attribute")
+@pytest.mark.compatibility("`differentiable=True`", "torch", "works with a note",
+                           "through the reference; a kernel asked for by name is refused")
 def test_autograd_sees_through_a_differentiable_step(inner, mask):
     gamma = torch.tensor([0.0, 0.25, 0.75, 1.0])
 
@@ -218,6 +222,8 @@ def test_a_masked_step_waits_for_nothing_the_inner_step_does_not(net, inner, mas
 @pytest.mark.parametrize("mask", ["update", "gradient"])
 @pytest.mark.parametrize("on", ["auto", "reference"])
 @pytest.mark.parametrize("closure", [False, True], ids=["", "closure"])
+@pytest.mark.compatibility("`torch.compile(opt.step)`", "torch", "works with a note",
+                           "a learning rate that changes must be a tensor, or torch compiles again")
 def test_a_compiled_step_equals_eager_and_is_compiled_once(net, inner, mask, on, closure):
     torch._dynamo.reset()
     twin = copy.deepcopy(net)
@@ -239,6 +245,7 @@ def test_a_compiled_step_equals_eager_and_is_compiled_once(net, inner, mask, on,
 
 
 @pytest.mark.dropin(line=18)
+@pytest.mark.compatibility("an optimizer a parameter, stepping inside backward", "torch", "works")
 def test_an_optimizer_a_parameter_steps_inside_backward(net):
     """Heads move by the mean over the importance their own optimizer was given: all of it."""
     twin = copy.deepcopy(net)
@@ -264,6 +271,8 @@ def test_an_optimizer_a_parameter_steps_inside_backward(net):
 
 @pytest.mark.dropin(line=19)
 @pytest.mark.parametrize("inner", ["SGD", "AdamW", "RMSprop"])
+@pytest.mark.compatibility("meta device, `to_empty`", "torch", "works",
+                           "after `opt.importance.bind(model.named_parameters())`")
 def test_a_model_that_began_on_the_meta_device(inner):
     with torch.device("meta"):
         net = Net()

@@ -4,7 +4,7 @@ import pytest
 
 accelerate = pytest.importorskip("accelerate")
 
-from . import training  # noqa: E402  (without Accelerate there is nothing to import it for)
+from . import training
 
 pytestmark = [pytest.mark.dropin(line=20), pytest.mark.filterwarnings("ignore"),
               pytest.mark.parametrize("inner", training.INNERS)]

@@ -5,7 +5,7 @@ import torch
 
 L = pytest.importorskip("lightning")
 
-from . import training  # noqa: E402  (without Lightning there is nothing to import it for)
+from . import training
 
 pytestmark = [pytest.mark.dropin(line=20), pytest.mark.filterwarnings("ignore"),
               pytest.mark.parametrize("inner", training.INNERS)]

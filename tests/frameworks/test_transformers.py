@@ -6,7 +6,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-from . import training  # noqa: E402  (without Transformers there is nothing to import it for)
+from . import training
 
 pytestmark = [pytest.mark.dropin(line=20), pytest.mark.filterwarnings("ignore"),
               pytest.mark.parametrize("inner", training.INNERS)]
