@@ -65,7 +65,9 @@ def _sgd(inner: SGD, group: dict, gamma_of: Callable) -> list[ops.Call]:
 
 def _adam(inner: Adam, group: dict, gamma_of: Callable) -> list[ops.Call]:
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = [], [], [], [], [], []
-    inner._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+    # Before torch 2.7 AdamW was a class of its own, whose _init_group asks for this setting too.
+    amsgrad = [] if isinstance(inner, Adam) else [group["amsgrad"]]
+    inner._init_group(group, params, grads, *amsgrad, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
     settings = {key: group[key] for key in ("lr", "eps", "weight_decay", "maximize")}
     settings["beta1"], settings["beta2"] = group["betas"]
     # AdamW was a class of its own before it became Adam with this group setting.

@@ -103,14 +103,14 @@ def initialize(inner: Optimizer) -> None:
     """Give every parameter the state that torch's optimizers make lazily, in the first step that sees its gradient."""
     if not hasattr(inner, "_init_group"):
         return
-    lists = len(inspect.signature(inner._init_group).parameters) - 1
+    wanted = list(inspect.signature(inner._init_group).parameters)[1:]  # lists to fill; before torch 2.7 AdamW's amsgrad too
     for group in inner.param_groups:
         missing = [p for p in group["params"] if p.requires_grad and not inner.state.get(p)]
         without_grad = [p for p in missing if p.grad is None]
         try:
             for parameter in without_grad:
                 parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand_as(parameter)
-            inner._init_group({**group, "params": missing}, *([] for _ in range(lists)))
+            inner._init_group({**group, "params": missing}, *(group[name] if name == "amsgrad" else [] for name in wanted))
         finally:
             for parameter in without_grad:
                 parameter.grad = None

@@ -29,13 +29,13 @@ def test_torch_distributed_checkpoint_resumes_the_trajectory(net, inner, options
     set_gradients(net.parameters())
     optimizer.accumulate_importance()
     optimizer.step()
-    dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer, options=options)}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer, options=options)}, checkpoint_id=tmp_path)
     twins = [copy.deepcopy(net) for _ in range(2)]
     for twin in twins:
         twin.zero_grad()
     resumed = [wrap(twin, inner) for twin in twins]
     state = get_optimizer_state_dict(twins[0], resumed[0], options=options)
-    dcp.load({"optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load({"optimizer": state}, checkpoint_id=tmp_path)
     for twin, optimizer_of_twin in zip(twins, resumed):
         set_optimizer_state_dict(twin, optimizer_of_twin, optim_state_dict=copy.deepcopy(state), options=options)
         assert equal(values(twin), values(net)), "no hidden step moves a parameter"

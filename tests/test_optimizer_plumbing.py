@@ -131,12 +131,12 @@ def test_torch_distributed_checkpoint_saves_and_loads_by_name(net, inner, tmp_pa
     set_gradients(net.parameters())
     optimizer.accumulate_importance()
     optimizer.step()
-    dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=tmp_path)
     twin = copy.deepcopy(net)
     resumed = wrap(twin, inner)
     state = get_optimizer_state_dict(twin, resumed)
     assert equal(values(twin), values(net)), "no hidden step moves a parameter"
-    dcp.load({"optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load({"optimizer": state}, checkpoint_id=tmp_path)
     set_optimizer_state_dict(twin, resumed, optim_state_dict=state)
     for model, opt in ((net, optimizer), (twin, resumed)):
         set_gradients(model.parameters(), seed=7)
