@@ -376,10 +376,10 @@ def _warn_if_undone(inner: Optimizer) -> None:
 def _masked_copy(grad: Tensor, gamma: Tensor, backend: str) -> Tensor:
     """(1 - gamma) grad; of a sparse gradient, the elements it has."""
     if grad.layout == torch.sparse_coo:
-        grad = grad.coalesce()
-        gamma = gamma if gamma.dim() == 0 else gamma[tuple(grad.indices())]
-        return torch.sparse_coo_tensor(grad.indices(), _masked_copy(grad.values(), gamma, backend), grad.shape,
-                                       is_coalesced=True, check_invariants=False)
+        masked = grad.detach().coalesce().clone()
+        gamma = gamma if gamma.dim() == 0 else gamma[tuple(masked.indices())]
+        ops.soft_mask_([masked.values()], [gamma], backend=backend)
+        return masked
     masked = grad.detach().clone()
     ops.soft_mask_([masked], [gamma], backend=backend)
     return masked
