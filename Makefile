@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test bench clean
+.PHONY: demo test frameworks bench clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/split_images.py --out split-images
@@ -13,6 +13,9 @@ test: $(VENV)/installed
 	$(RUN) -m pytest -n auto --maxprocesses 8 tests
 	$(RUN) -m bench.report --check
 
+frameworks: $(VENV)/frameworks
+	$(RUN) -m pytest -n auto --maxprocesses 8 tests/frameworks
+
 bench: $(VENV)/installed
 	$(RUN) -m pytest bench --record
 	$(RUN) -m bench.report
@@ -20,6 +23,10 @@ bench: $(VENV)/installed
 $(VENV)/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo,test,triton]'
+	touch $@
+
+$(VENV)/frameworks: $(VENV)/installed
+	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[frameworks,test]'
 	touch $@
 
 clean:

@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import distributed, ops
 from .importance import Importance
+from .state import init_group
 
 
 def patched_step(inner: Optimizer) -> Callable | None:
@@ -87,7 +88,7 @@ class FusedStep:
     def _find(self, inner: Optimizer, grads: list[list[Tensor | None]], importance: Importance, gamma_of: Callable) -> None:
         self._found, found = [], []  # an error below leaves nothing half found
         for group, own in zip(inner.param_groups, grads):
-            inner._init_group(group, *([] for _ in range(3 if isinstance(inner, SGD) else 6)))
+            init_group(inner, group)
             params, names = [p for p, grad in zip(group["params"], own) if grad is not None], _names(inner, group)
             states = [inner.state[p] for p in params] if any(names) else []
             found.append(_Found(list(group["params"]), [grad is not None for grad in own], names, params, states,

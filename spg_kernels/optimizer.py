@@ -1,19 +1,17 @@
 """SPGOptimizer: a torch optimizer around a torch optimizer, that lets important parameters move less."""
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import distributed, fused, ops
+from . import fused, generic, ops
 from .importance import Importance
 from .measuring import Interrupted, measure
-
-KEY = "spg_importance"  # of a parameter's gamma in the state dict
+from .state import KEY, State, initialize, recover_codes, without_importance
 
 
 class SPGOptimizer(Optimizer):
@@ -82,11 +80,15 @@ class SPGOptimizer(Optimizer):
         self.inner.param_groups = groups
 
     @property
-    def state(self) -> dict:
-        return self.inner.state
+    def state(self) -> State:
+        return State(self.inner.state, self._stored_gamma, self._store_gamma)
 
     @state.setter
-    def state(self, state: dict) -> None:
+    def state(self, state: MutableMapping) -> None:
+        if isinstance(state, State):
+            state = state.inner
+        for parameter, entry in state.items():
+            state[parameter] = without_importance(entry)
         self.inner.state = state
 
     @property
@@ -96,6 +98,13 @@ class SPGOptimizer(Optimizer):
     @defaults.setter
     def defaults(self, defaults: dict) -> None:
         self.inner.defaults = defaults
+
+    def __getattr__(self, name: str) -> object:
+        # Trainers switch the mode of an optimizer that has one, as schedule-free ones do. Nothing else shines through: a
+        # GradScaler would take the inner optimizer's fused unscaling for this one's.
+        if name in ("train", "eval"):
+            return getattr(self.inner, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # Heads and trunk
 
@@ -180,58 +189,9 @@ class SPGOptimizer(Optimizer):
         return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self.inner, *arguments)
 
     def _generic_step(self, closure: Callable | None):
-        return self._update_masked_step(closure) if self.mask == "update" else self._gradient_masked_step(closure)
-
-    def _update_masked_step(self, closure: Callable | None):
-        """p <- p_old + (1 - gamma)(p_new - p_old) around the inner step. If that fails, parameters are as before."""
-        parameters = [p for p in self._parameters() if p.requires_grad]
-        gammas = [distributed.local(self._gamma(p)) for p in parameters]
-        old = [p.clone() for p in _values(parameters)]
-        if parameters:
-            # A backend that refuses must do so before the inner step changes its state.
-            ops.choose("update_mask_", (_values(parameters), old, gammas), self.backend)
-        try:
-            loss = self._inner_step(closure)
-            ops.update_mask_(_values(parameters), old, gammas, backend=self.backend)
-        except BaseException:
-            for parameter, value in zip(_values(parameters), old):
-                parameter.copy_(value)
-            raise
-        return loss
-
-    def _gradient_masked_step(self, closure: Callable | None):
-        """The inner step on masked copies of the gradients. A closure makes new gradients, which are masked after it ran."""
-        originals: list[tuple[Tensor, Tensor]] = []
-
-        def restore() -> None:
-            for parameter, grad in originals:
-                parameter.grad = grad
-            originals.clear()
-
-        @torch.no_grad()
-        def mask() -> None:
-            parameters = [p for p in self._parameters() if p.grad is not None]
-            masked = [_masked_copy(distributed.placed(p.grad, p), self._gamma(p), self.backend) for p in parameters]
-            for parameter, grad in zip(parameters, masked):
-                originals.append((parameter, parameter.grad))
-                parameter.grad = grad
-
-        def masked_closure():
-            restore()
-            with torch.enable_grad():
-                loss = closure()
-            mask()
-            return loss
-
-        try:
-            if closure is None:
-                mask()
-            loss = self._inner_step(closure and masked_closure)
-            restore()
-        except BaseException:
-            restore()  # again, if it was interrupted
-            raise
-        return loss
+        masked_step = generic.update_masked_step if self.mask == "update" else generic.gradient_masked_step
+        tracked = generic.is_tracked(self.inner, self.backend)
+        return masked_step(self._inner_step, closure, self._parameters(), self._gamma, self.backend, tracked)
 
     def accumulate_importance(self) -> None:
         """Fold the current `.grad` of every trunk parameter into gamma; `.grad` is left alone, None changes nothing.
@@ -288,8 +248,11 @@ class SPGOptimizer(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        _initialize_state(self.inner)
+        initialize(self.inner)
         state_dict = self.inner.state_dict()
+        if "state" not in state_dict:
+            raise TypeError(f"{type(self.inner).__name__}.state_dict() has {sorted(state_dict)} and no 'state' to put the "
+                            "importance into: save it and opt.importance.state_dict() side by side")
         state_dict["state"] = {**state_dict["state"], **{
             i: {**state_dict["state"].get(i, {}), KEY: self._stored_gamma(p)} for i, p in self._by_key(state_dict).items()}}
         for hook in self._optimizer_state_dict_post_hooks.values():
@@ -308,6 +271,10 @@ class SPGOptimizer(Optimizer):
         self._gamma(parameter)  # raises unless it is a head, which holds no gamma
         return torch.zeros((), device=parameter.device)
 
+    def _store_gamma(self, parameter: Tensor, gamma: Tensor) -> None:
+        if (name := self.importance.name_of(parameter)) is not None:
+            self.importance.store({name: gamma})
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Load the inner optimizer's state and, where `state_dict` has it, the importance.
 
@@ -325,7 +292,7 @@ class SPGOptimizer(Optimizer):
         saved = self._by_key(state_dict)
         gammas, inner_state = {}, {}
         for i, state in state_dict["state"].items():
-            inner_state[i] = {key: value for key, value in state.items() if key != KEY} if isinstance(state, dict) else state
+            inner_state[i] = without_importance(state)
             if i in saved and KEY in state:
                 if not isinstance(state[KEY], Tensor):
                     raise TypeError(f"state[{i!r}][{KEY!r}]: expected a tensor, got {type(state[KEY]).__name__}")
@@ -336,6 +303,7 @@ class SPGOptimizer(Optimizer):
                     raise ValueError(f"{self._slot_of(saved[i])} has an importance in this checkpoint but is a head here")
             if not inner_state[i]:
                 del inner_state[i]  # it held the importance alone
+        gammas = recover_codes(gammas)
         self.importance.check(gammas)
         before = self.inner.state, self.inner.param_groups  # which torch's optimizers replace, not change
         try:
@@ -372,37 +340,3 @@ def _warn_if_undone(inner: Optimizer) -> None:
         reason = "adapts its step to the scale of the gradient" if adaptive else "decays weights"
         warnings.warn(f"mask='gradient' around {type(inner).__name__}, which {reason}: important parameters will move all the "
                       "same; mask='update' protects them", stacklevel=3)
-
-
-def _masked_copy(grad: Tensor, gamma: Tensor, backend: str) -> Tensor:
-    """(1 - gamma) grad; of a sparse gradient, the elements it has."""
-    if grad.layout == torch.sparse_coo:
-        grad = grad.coalesce()
-        gamma = gamma if gamma.dim() == 0 else gamma[tuple(grad.indices())]
-        return torch.sparse_coo_tensor(grad.indices(), _masked_copy(grad.values(), gamma, backend), grad.shape,
-                                       is_coalesced=True, check_invariants=False)
-    masked = grad.detach().clone()
-    ops.soft_mask_([distributed.local(masked)], [distributed.local(gamma)], backend=backend)
-    return masked
-
-
-def _values(parameters: list[Tensor]) -> list[Tensor]:
-    """What kernels mask: parameters without their autograd history, this rank's shards of DTensors."""
-    return [distributed.local(p).detach() for p in parameters]
-
-
-def _initialize_state(inner: Optimizer) -> None:
-    """Give every parameter the state that torch's optimizers make lazily, in the first step that sees its gradient."""
-    if not hasattr(inner, "_init_group"):
-        return
-    lists = len(inspect.signature(inner._init_group).parameters) - 1
-    for group in inner.param_groups:
-        missing = [p for p in group["params"] if p.requires_grad and not inner.state.get(p)]
-        without_grad = [p for p in missing if p.grad is None]
-        try:
-            for parameter in without_grad:
-                parameter.grad = parameter.detach().new_zeros(()).expand_as(parameter)
-            inner._init_group({**group, "params": missing}, *([] for _ in range(lists)))
-        finally:
-            for parameter in without_grad:
-                parameter.grad = None

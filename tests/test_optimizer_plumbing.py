@@ -20,10 +20,11 @@ from .models import set_gradients
 from .wrapping import INNER, closure_for, equal, train, values, wrap
 
 
+@pytest.mark.dropin(line=10)
 def test_it_is_an_optimizer_with_live_properties(net):
     optimizer = wrap(net, "AdamW", 0.5)
     assert isinstance(optimizer, Optimizer)
-    assert optimizer.param_groups is optimizer.inner.param_groups and optimizer.state is optimizer.inner.state
+    assert optimizer.param_groups is optimizer.inner.param_groups and optimizer.state.keys() == optimizer.inner.state.keys()
     assert optimizer.defaults is optimizer.inner.defaults
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
     set_gradients(net.parameters())
@@ -35,6 +36,7 @@ def test_it_is_an_optimizer_with_live_properties(net):
     assert not hasattr(optimizer, "_step_supports_amp_scaling")
 
 
+@pytest.mark.dropin(line=10)
 def test_a_scheduler_on_the_inner_optimizer_sees_its_steps(net):
     inner = INNER["AdamW"](net.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(inner, step_size=1)
@@ -46,6 +48,7 @@ def test_a_scheduler_on_the_inner_optimizer_sees_its_steps(net):
         scheduler.step()
 
 
+@pytest.mark.dropin(line=15)
 @pytest.mark.parametrize("gamma", [None, 1.0])
 @pytest.mark.parametrize("on", ["auto", "reference"])
 def test_hooks_fire_once_and_see_masked_parameters(net, gamma, on):
@@ -66,6 +69,7 @@ def test_hooks_fire_once_and_see_masked_parameters(net, gamma, on):
     assert [e.name for e in profile.events() if e.name.startswith("Optimizer.step")] == ["Optimizer.step#SPGOptimizer.step"]
 
 
+@pytest.mark.dropin(line=15)
 def test_state_dict_hooks_fire_once(net):
     optimizer = wrap(net, "AdamW")
     calls = []
@@ -77,6 +81,7 @@ def test_state_dict_hooks_fire_once(net):
     assert calls == ["pre", True, "load pre", "load post"]
 
 
+@pytest.mark.dropin(line=12)
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("steps", [0, 2])
 def test_checkpoints_load_with_and_without_the_wrapper(net, inner, steps):
@@ -86,7 +91,7 @@ def test_checkpoints_load_with_and_without_the_wrapper(net, inner, steps):
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    assert all("spg_importance" in state["state"][i] for i in range(len(list(net.parameters()))))
+    assert all("spg_importance" in state["state"][i] for group in state["param_groups"] for i in group["params"])
 
     continued = []
     for wrapped in (False, True):
@@ -107,6 +112,7 @@ def test_checkpoints_load_with_and_without_the_wrapper(net, inner, steps):
     assert (wrapper.importance["trunk.0.weight"] == 0.25).all(), "a plain checkpoint says nothing of importance"
 
 
+@pytest.mark.dropin(line=5)
 def test_the_importance_survives_a_checkpoint_exactly(net):
     optimizer = wrap(net.bfloat16(), "AdamW")
     for name in optimizer.importance:
@@ -118,18 +124,19 @@ def test_the_importance_survives_a_checkpoint_exactly(net):
         assert torch.equal(other.importance[name], optimizer.importance[name])
 
 
+@pytest.mark.dropin(line=13)
 @pytest.mark.parametrize("inner", ["SGD", "SGD momentum", "AdamW"])
 def test_torch_distributed_checkpoint_saves_and_loads_by_name(net, inner, tmp_path):
     optimizer = wrap(net, inner)
     set_gradients(net.parameters())
     optimizer.accumulate_importance()
     optimizer.step()
-    dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=tmp_path)
     twin = copy.deepcopy(net)
     resumed = wrap(twin, inner)
     state = get_optimizer_state_dict(twin, resumed)
     assert equal(values(twin), values(net)), "no hidden step moves a parameter"
-    dcp.load({"optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load({"optimizer": state}, checkpoint_id=tmp_path)
     set_optimizer_state_dict(twin, resumed, optim_state_dict=state)
     for model, opt in ((net, optimizer), (twin, resumed)):
         set_gradients(model.parameters(), seed=7)
@@ -137,6 +144,7 @@ def test_torch_distributed_checkpoint_saves_and_loads_by_name(net, inner, tmp_pa
     assert equal(values(twin), values(net))
 
 
+@pytest.mark.dropin(line=12)
 def test_the_keys_of_a_checkpoint_are_constant_from_the_start(net):
     optimizer = wrap(net, "AdamW")
     before = {i: sorted(state) for i, state in optimizer.state_dict()["state"].items()}
@@ -147,6 +155,7 @@ def test_the_keys_of_a_checkpoint_are_constant_from_the_start(net):
     assert all("spg_importance" not in state for state in optimizer.inner.state.values())
 
 
+@pytest.mark.dropin(line=6)
 def test_a_checkpoint_that_does_not_fit_changes_nothing(net):
     optimizer = wrap(net, "AdamW", 0.5)
     train(net, optimizer)
@@ -164,6 +173,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(net):
     assert all(torch.equal(after["state"][i][key], good["state"][i][key]) for i in good["state"] for key in good["state"][i])
 
 
+@pytest.mark.dropin(line=15)
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies_train_alike_and_apart(net, copier):
     optimizer = wrap(net, "AdamW", 0.3)
@@ -176,6 +186,7 @@ def test_copies_train_alike_and_apart(net, copier):
     assert equal(values(net), values(twin_net))
 
 
+@pytest.mark.dropin(line=8)
 def test_a_fresh_optimizer_takes_over_the_importance(net):
     first = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads)
     set_gradients(net.parameters())
@@ -185,6 +196,7 @@ def test_a_fresh_optimizer_takes_over_the_importance(net):
     assert second.importance is first.importance and len(second.importance) == 4, "known parameters keep their names"
 
 
+@pytest.mark.dropin(line=19)
 def test_a_new_head_a_task(net):
     optimizer = wrap(net, "SGD", 1.0)
     net.heads.append(nn.Linear(16, 3))
@@ -199,6 +211,7 @@ def test_a_new_head_a_task(net):
     assert extra in optimizer.importance and optimizer.importance.name_of(extra) == "2.0"
 
 
+@pytest.mark.dropin(line=7)
 def test_replaced_parameters_are_an_error_until_bound(net):
     optimizer = wrap(net, "SGD", 1.0)
     for layer in (net.trunk[0], net.trunk[2]):
@@ -213,6 +226,7 @@ def test_replaced_parameters_are_an_error_until_bound(net):
     assert equal(values(net), before)
 
 
+@pytest.mark.dropin(line=19)
 def test_the_model_may_change_dtype_after_it_was_wrapped(net):
     optimizer = wrap(net, "AdamW", 1.0)
     net.double()
@@ -224,6 +238,7 @@ def test_the_model_may_change_dtype_after_it_was_wrapped(net):
 
 def test_another_default_device_is_nobody_elses_business(net):
     optimizer = wrap(net, "AdamW", importance_dtype=torch.uint8)
+    train(net, optimizer, steps=1)  # older torches make AdamW's own step count on the default device
     with torch.device("meta"):
         for p in net.parameters():
             p.grad = torch.ones(p.shape, device="cpu").cumsum(0)
@@ -258,6 +273,7 @@ def test_a_backend_that_refuses_does_so_before_anything_changed(net):
     assert equal(values(net), before) and not optimizer.state
 
 
+@pytest.mark.dropin(line=19)
 def test_a_head_that_came_through_the_inner_optimizer_is_a_head(net):
     optimizer = wrap(net, "SGD", 0.5)
     net.heads.append(torch.nn.Linear(16, 3))
@@ -278,6 +294,7 @@ def test_a_non_finite_gradient_names_its_parameter(net):
     assert error.value.names == ["trunk.2.bias"] and not optimizer.importance["trunk.2.bias"].any()
 
 
+@pytest.mark.dropin(line=14)
 def test_a_grad_scaler_unscales_before_the_mask(net):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     twin = copy.deepcopy(net)
@@ -305,6 +322,7 @@ def test_names_come_from_the_inner_optimizer_if_it_has_them(net):
     assert len(SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=parameters).importance) == 4
 
 
+@pytest.mark.dropin(line=9)
 def test_arguments_are_checked(net):
     inner = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="optimizer.*list"):

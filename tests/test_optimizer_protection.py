@@ -13,6 +13,7 @@ from .models import set_gradients
 from .wrapping import FUSABLE, INNER, equal, train, values, wrap
 
 
+@pytest.mark.dropin(line=2)
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("mask", ["update", "gradient"])
 def test_no_importance_is_the_inner_optimizer_bit_for_bit_on_the_generic_path(net, inner, mask):
@@ -26,6 +27,7 @@ def test_no_importance_is_the_inner_optimizer_bit_for_bit_on_the_generic_path(ne
         assert equal(values(model), values(twin))
 
 
+@pytest.mark.dropin(line=1)
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("on", ["auto", "reference"])
 def test_gamma_one_does_not_move(net, inner, on):
@@ -35,6 +37,7 @@ def test_gamma_one_does_not_move(net, inner, on):
     assert equal(values(net), before) and len(set(losses)) == 1
 
 
+@pytest.mark.dropin(line=4)
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("on", ["auto", "reference"])
 def test_gamma_one_does_not_move_under_an_update_that_is_not_finite(net, inner, on):
@@ -51,6 +54,7 @@ def test_gamma_one_does_not_move_under_an_update_that_is_not_finite(net, inner, 
     assert equal(values(net), before)
 
 
+@pytest.mark.dropin(line=2)
 @pytest.mark.parametrize("inner", INNER)
 def test_the_update_mask_scales_what_the_inner_step_adds(net, inner):
     """On both paths, for the trunk elementwise and for heads by one minus the mean of gamma."""
@@ -64,12 +68,12 @@ def test_the_update_mask_scales_what_the_inner_step_adds(net, inner):
         train(model, optimizer, steps=1)
         mean = float(optimizer.importance.mean())
         for (name, p), q, before in zip(model.named_parameters(), twin.parameters(), old):
-            gamma = optimizer.importance[name] if name in optimizer.importance else mean
+            gamma = mean if name.startswith("heads.") else optimizer.importance.get(name, 0)
             expected = before + (1 - gamma) * (q - before)
             assert (p - expected).abs().max() < 1e-6, (on, name)
-            assert name in optimizer.importance or name.startswith("heads.")
 
 
+@pytest.mark.dropin(line=2)
 @pytest.mark.parametrize("inner", FUSABLE)
 @pytest.mark.parametrize("mask", ["update", "gradient"])
 def test_the_fused_path_is_taken_and_equals_the_generic_one(net, inner, mask, monkeypatch):
@@ -89,6 +93,7 @@ def test_the_fused_path_is_taken_and_equals_the_generic_one(net, inner, mask, mo
             assert (a[key] - b[key]).abs().max() < 3e-6 and a[key].dtype == b[key].dtype
 
 
+@pytest.mark.dropin(line=16)
 def test_a_parameter_that_joins_late_starts_its_momentum(net):
     twin = copy.deepcopy(net)
     fused, generic = wrap(net, "SGD momentum", 0.3), wrap(twin, "SGD momentum", 0.3, backend="reference")
@@ -101,6 +106,7 @@ def test_a_parameter_that_joins_late_starts_its_momentum(net):
     assert all((p - q).abs().max() < 1e-6 for p, q in zip(net.parameters(), twin.parameters()))
 
 
+@pytest.mark.dropin(line=3)
 @pytest.mark.parametrize("on", ["auto", "reference"])
 @pytest.mark.parametrize("mask", ["update", "gradient"])
 @pytest.mark.parametrize("inner", ["SGD", "AdamW", "RMSprop"])
@@ -138,6 +144,7 @@ def test_the_gradient_mask_warns_where_the_inner_optimizer_undoes_it(net):
         SPGOptimizer(torch.optim.AdamW(net.parameters()), heads=net.heads)
 
 
+@pytest.mark.dropin(line=16)
 @pytest.mark.parametrize("mask", ["update", "gradient"])
 def test_sparse_gradients_stay_masked(mask):
     embedding = nn.Embedding(6, 4, sparse=True)
@@ -154,6 +161,7 @@ def test_sparse_gradients_stay_masked(mask):
     assert torch.allclose(embedding.weight, expected, atol=1e-7) and torch.equal(embedding.weight[1], before[1])
 
 
+@pytest.mark.dropin(line=16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64], ids=str)
 @pytest.mark.parametrize("inner", ["SGD momentum", "AdamW", "RMSprop"])
 def test_parameters_of_any_dtype(dtype, inner):
@@ -181,3 +189,131 @@ def test_eight_bit_importance_drives_the_same_step(net):
     generic.importance.load_state_dict(coded.importance.state_dict())
     train(net, coded), train(twin, generic)
     assert all((p - q).abs().max() < 3e-6 for p, q in zip(net.parameters(), twin.parameters()))
+
+
+@pytest.mark.dropin(line=2)
+@pytest.mark.compatibility("every optimizer in `torch.optim`, foreach and fused too, `mask=\"update\"`", "torch", "works")
+def test_the_list_of_inner_optimizers_is_all_of_torch(net):
+    """SparseAdam alone takes nothing but sparse gradients: the test below."""
+    classes = {cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)}
+    tested = {type(make(net.parameters())) for make in INNER.values()}
+    assert classes - tested == {torch.optim.Optimizer, torch.optim.SparseAdam}
+
+
+@pytest.mark.dropin(line=16)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_sparse_adam(gamma):
+    embedding = nn.Embedding(6, 4, sparse=True)
+    twin = copy.deepcopy(embedding)
+    optimizer, plain = SPGOptimizer(torch.optim.SparseAdam(embedding.parameters())), torch.optim.SparseAdam(twin.parameters())
+    optimizer.importance["0.0"] = torch.full((6, 4), gamma)
+    before = embedding.weight.detach().clone()
+    for layer, opt in ((embedding, optimizer), (twin, plain)):
+        layer(torch.tensor([1, 3, 3])).sum().backward()
+        opt.step()
+    expected = before.lerp(twin.weight, 1 - gamma)
+    assert torch.equal(embedding.weight, expected) if gamma in (0.0, 1.0) else torch.allclose(embedding.weight, expected, atol=1e-7)
+    assert not torch.equal(before, twin.weight)
+
+
+@pytest.mark.dropin(line=1)
+@pytest.mark.parametrize("inner", ["SGD", "LBFGS"])
+@pytest.mark.parametrize("mask", ["update", "gradient"])
+@pytest.mark.parametrize("on", ["auto", "reference"])
+def test_the_gradient_that_a_closure_makes_is_the_one_that_is_masked(net, inner, mask, on):
+    """Not the one that was there before it ran. The loss comes back; gradients are the closure's."""
+    optimizer = wrap(net, inner, 1.0, mask=mask, backend=on)
+    before = values(net)
+    net.zero_grad()
+    assert len(set(train(net, optimizer, steps=2))) == 1 and equal(values(net), before)
+    assert all(p.grad.abs().max() > 0 for p in net.parameters())
+    assert optimizer.step(lambda: torch.tensor(3.0)) == 3
+
+
+@pytest.mark.dropin(line=4)
+@pytest.mark.parametrize("on", ["auto", "reference"])
+def test_gamma_one_masks_a_gradient_that_is_not_finite(net, on):
+    optimizer = wrap(net, "SGD", 1.0, mask="gradient", backend=on)
+    before = values(net)
+    for value in (float("inf"), float("nan")):
+        for p in net.parameters():
+            p.grad = torch.full_like(p, value)
+        optimizer.step()
+        assert equal(values(net), before)
+
+
+@pytest.mark.dropin(line=5)
+@pytest.mark.parametrize("mask", ["update", "gradient"])
+@pytest.mark.parametrize("on", ["auto", "reference"])
+def test_a_gamma_that_bfloat16_would_round_to_one_still_moves(mask, on):
+    parameter = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+    optimizer = SPGOptimizer(torch.optim.SGD([parameter], lr=1.0), mask=mask, backend=on)
+    optimizer.importance["0.0"] = torch.full((64,), 0.9990234375)
+    assert optimizer.importance["0.0"].bfloat16()[0] == 1
+    parameter.grad = torch.full((64,), -1024.0, dtype=torch.bfloat16)
+    optimizer.step()
+    assert (parameter == 1).all()
+
+
+@pytest.mark.dropin(line=8)
+@pytest.mark.parametrize("inner", [name for name in INNER if name not in ("SGD", "LBFGS")])
+def test_momentum_from_before_does_not_move_what_is_important_now(net, inner):
+    """The inner optimizer goes on into the next task with the moments of the last."""
+    optimizer = wrap(net, inner)
+    train(net, optimizer)
+    for name in optimizer.importance:
+        optimizer.importance[name] = torch.ones_like(optimizer.importance[name])
+    before = values(net)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert equal(values(net), before)
+
+
+@pytest.mark.dropin(line=2)
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.compatibility("the same, `mask=\"gradient\"`", "torch", "works with a note",
+                           "weight decay and adaptive steps undo it, as a warning says")
+def test_the_gradient_mask_warns_for_every_optimizer_that_undoes_it(net, inner):
+    """Measured: at gamma = 1 weight decay still moves parameters, at gamma = 0.9 a step that adapts its scale hardly shrinks."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = SPGOptimizer(INNER[inner](net.parameters()), heads=net.heads, mask="gradient", backend="reference")
+    decays = any(group.get("weight_decay") for group in optimizer.param_groups)
+    assert bool(caught) == (inner not in ("SGD", "SGD fused"))
+    assert not caught or "mask='update' protects" in str(caught[0].message)
+    for name in optimizer.importance:
+        optimizer.importance[name] = torch.ones_like(optimizer.importance[name])
+    before = values(net)
+    train(net, optimizer)
+    assert equal(values(net), before) != decays
+
+
+@pytest.mark.dropin(line=21)
+@pytest.mark.parametrize("on", ["auto", "reference"])
+def test_under_sgd_both_masks_are_the_rule_of_the_paper(net, on):
+    """p <- p - lr (1 - gamma) g in a plain loop, heads by 1 - mean(gamma), in float64."""
+    nets = [copy.deepcopy(net).double() for _ in range(3)]
+    wrapped = [wrap(model, "SGD", mask=mask, backend=on) for model, mask in zip(nets[1:], ("update", "gradient"))]
+    gammas = {}
+    for task in range(3):
+        for model in nets:
+            set_gradients(model.parameters(), seed=task)
+        for optimizer in wrapped:
+            optimizer.accumulate_importance()
+        for name, p in nets[0].trunk.named_parameters():
+            a = ((p.grad - p.grad.mean()) / p.grad.std()).tanh().abs()
+            gammas[name] = torch.maximum(gammas.get(name, torch.zeros_like(a)), a)
+        mean = torch.cat([gamma.flatten() for gamma in gammas.values()]).mean()
+        for step in range(20):
+            for model in nets:
+                set_gradients(model.parameters(), seed=100 * task + step)
+            with torch.no_grad():
+                for name, p in nets[0].trunk.named_parameters():
+                    p -= 0.1 * (1 - gammas[name]) * p.grad
+                for p in nets[0].heads.parameters():
+                    p -= 0.1 * (1 - mean) * p.grad
+            for optimizer in wrapped:
+                optimizer.step()
+    for model in nets[1:]:
+        assert all((p - q).abs().max() < 3e-6 for p, q in zip(values(model), values(nets[0])))

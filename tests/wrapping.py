@@ -1,32 +1,51 @@
 """Every torch optimizer wrapped around the same small network, for the tests of SPGOptimizer."""
 
 import warnings
+from functools import partial
 
 import torch
 
 from spg_kernels import SPGOptimizer
 
+
+def _matrices(parameters):
+    return [p for p in parameters if p.dim() == 2]
+
+
 INNER = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
     "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True, maximize=True),
-    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
     "AdamW tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
-    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01, weight_decay=0.1),
-    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01, weight_decay=0.1),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, weight_decay=0.1),
-    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.1, weight_decay=0.1),
-    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01, weight_decay=0.1),
-    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01, weight_decay=0.1),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, weight_decay=0.1),
-    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, fused=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
+    "SGD foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, foreach=True),
+    "Adam foreach": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, foreach=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+}
+FUSABLE = list(INNER)
+INNER |= {
+    "Adagrad fused": lambda p: torch.optim.Adagrad(p, lr=0.01, weight_decay=0.1, fused=True),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=0.1),
     "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
 }
-FUSABLE = [name for name in INNER if name.startswith(("SGD", "Adam", "AdamW")) and name not in ("Adamax", "Adafactor")]
+if hasattr(torch.optim, "Muon"):  # from torch 2.9 on; for matrices alone
+    INNER["Muon"] = lambda p: torch.optim.Muon(_matrices(p), lr=0.01, weight_decay=0.1)
+for _class, _settings in {
+    torch.optim.NAdam: {"lr": 0.01, "weight_decay": 0.1},
+    torch.optim.RAdam: {"lr": 0.01, "weight_decay": 0.1},
+    torch.optim.Adagrad: {"lr": 0.01, "weight_decay": 0.1},
+    torch.optim.Adadelta: {"lr": 0.1, "weight_decay": 0.1},
+    torch.optim.Adamax: {"lr": 0.01, "weight_decay": 0.1},
+    torch.optim.ASGD: {"lr": 0.01, "weight_decay": 0.1},
+    torch.optim.RMSprop: {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1},
+    torch.optim.Rprop: {"lr": 0.01},
+}.items():
+    INNER[_class.__name__] = partial(_class, **_settings, foreach=False)
+    INNER[f"{_class.__name__} foreach"] = partial(_class, **_settings, foreach=True)
 
 
 def wrap(net, inner="SGD", gamma=None, **kwargs):

@@ -1,0 +1,100 @@
+"""The mask around the step of any optimizer, whatever it computes: on what it adds to the parameters, or on what it is given."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import distributed, ops
+
+
+def is_tracked(inner: Optimizer, backend: str) -> bool:
+    """Whether autograd follows the step (`differentiable=True`), which it can through the reference alone."""
+    tracked = inner.defaults.get("differentiable", False)
+    if tracked and backend not in ("auto", "reference"):
+        raise ops.BackendError(f"backend {backend!r}: autograd cannot see through its kernels, and {type(inner).__name__} has "
+                               "differentiable=True")
+    return tracked
+
+
+def update_masked_step(step: Callable, closure: Callable | None, parameters: list[Tensor], gamma_of: Callable[[Tensor], Tensor],
+                       backend: str, tracked: bool):
+    """p <- p_old + (1 - gamma)(p_new - p_old) around `step(closure)`. If that fails, parameters are as before."""
+    trainable = [p for p in parameters if p.requires_grad]
+    gammas = [distributed.local(gamma_of(p)) for p in trainable]
+    values = trainable if tracked else _values(trainable)
+    with torch.set_grad_enabled(tracked):
+        old = [p.clone() for p in values]
+    if trainable and not torch.compiler.is_compiling():
+        # A backend that refuses must do so before the inner step changes its state.
+        ops.choose("update_mask_", (values, old, gammas), backend)
+    try:
+        loss = step(closure)
+        if tracked:
+            with torch.enable_grad():
+                ops.reference.update_mask_(values, old, gammas)
+        else:  # looked up again: a closure may have given a parameter other memory
+            ops.update_mask_(_values(trainable), old, gammas, backend=backend)
+    except BaseException:
+        for parameter, value in zip(_values(trainable), old):
+            parameter.copy_(value)
+        raise
+    return loss
+
+
+def gradient_masked_step(step: Callable, closure: Callable | None, parameters: list[Tensor],
+                         gamma_of: Callable[[Tensor], Tensor], backend: str, tracked: bool):
+    """`step` on masked copies of the gradients. A closure makes new gradients, which are masked after it ran."""
+    originals: list[tuple[Tensor, Tensor]] = []
+
+    def restore() -> None:
+        for parameter, grad in originals:
+            parameter.grad = grad
+        originals.clear()
+
+    def mask() -> None:
+        with_grad = [p for p in parameters if p.grad is not None]
+        if tracked:
+            with torch.enable_grad():
+                masked = [ops.reference.scale(p.grad, gamma_of(p)) for p in with_grad]
+        else:
+            masked = [_masked_copy(distributed.placed(p.grad, p), gamma_of(p), backend) for p in with_grad]
+        for parameter, grad in zip(with_grad, masked):
+            originals.append((parameter, parameter.grad))
+            parameter.grad = grad
+
+    def masked_closure():
+        restore()
+        with torch.enable_grad():
+            loss = closure()
+        mask()
+        return loss
+
+    try:
+        if closure is None:
+            mask()
+        loss = step(closure and masked_closure)
+        restore()
+    except BaseException:
+        restore()  # again, if it was interrupted
+        raise
+    return loss
+
+
+def _values(parameters: list[Tensor]) -> list[Tensor]:
+    """What kernels mask: parameters without their autograd history, this rank's shards of DTensors."""
+    return [distributed.local(p).detach() for p in parameters]
+
+
+@torch.no_grad()
+def _masked_copy(grad: Tensor, gamma: Tensor, backend: str) -> Tensor:
+    """(1 - gamma) grad; of a sparse gradient, the elements it has."""
+    if grad.layout == torch.sparse_coo:
+        masked = grad.detach().coalesce().clone()
+        gamma = gamma if gamma.dim() == 0 else gamma[tuple(masked.indices())]
+        ops.soft_mask_([masked.values()], [gamma], backend=backend)
+        return masked
+    masked = grad.detach().clone()
+    ops.soft_mask_([distributed.local(masked)], [distributed.local(gamma)], backend=backend)
+    return masked

@@ -1,0 +1,121 @@
+"""The state of a wrapped optimizer: the inner optimizer's own, in which every parameter also shows its importance.
+
+torch.distributed.checkpoint, asked to flatten, loads only what `optimizer.state[parameter]` lists. The importance must be
+listed there, and must not be written there: Adam sets its moments up only where a parameter's state is empty.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+KEY = "spg_importance"  # of a parameter's gamma in its state and in the state dict
+
+
+class State(MutableMapping):
+    """`inner`, an optimizer's state by parameter, written through; each parameter's has its importance added when read.
+
+    Args:
+        inner: the inner optimizer's `state`.
+        read: gives a parameter's gamma as stored.
+        write: called with a parameter and its new gamma.
+    """
+
+    def __init__(self, inner: MutableMapping, read: Callable[[Tensor], Tensor], write: Callable[[Tensor, Tensor], None]):
+        self.inner, self.read, self.write = inner, read, write
+
+    def __getitem__(self, parameter: Tensor) -> "MutableMapping | object":
+        entry = self.inner[parameter]  # as in torch's own, a parameter that has none yet is given one
+        return _ParameterState(entry, parameter, self) if isinstance(entry, MutableMapping) else entry
+
+    def __setitem__(self, parameter: Tensor, entry: object) -> None:
+        self.inner[parameter] = without_importance(entry)
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        del self.inner[parameter]
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self.inner
+
+    def get(self, parameter: Tensor, default: object = None) -> object:
+        return self[parameter] if parameter in self.inner else default
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.inner)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class _ParameterState(MutableMapping):
+    def __init__(self, inner: MutableMapping, parameter: Tensor, state: State):
+        self._inner, self._parameter, self._state = inner, parameter, state
+
+    def __getitem__(self, key: str) -> object:
+        return self._state.read(self._parameter) if key == KEY else self._inner[key]
+
+    def __setitem__(self, key: str, value: object) -> None:
+        if key == KEY:
+            self._state.write(self._parameter, value)
+        else:
+            self._inner[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._inner[key]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._inner
+        yield KEY
+
+    def __len__(self) -> int:
+        return len(self._inner) + 1
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def without_importance(entry: object) -> object:
+    """A parameter's state as the inner optimizer keeps it."""
+    if isinstance(entry, Mapping) and KEY in entry:
+        return {key: value for key, value in entry.items() if key != KEY}
+    return entry
+
+
+def recover_codes(gammas: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The importance of a checkpoint, as 8-bit codes again if a plain optimizer has loaded and saved it.
+
+    torch casts state to its parameter's dtype. Whole numbers throughout the checkpoint, one of them above 1 where gammas
+    end, can only be codes: what was measured holds codes of 20 and more, since in every tensor some |z| exceeds 0.7.
+    """
+    values = list(gammas.values())
+    whole = all(bool(((g == g.round()) & (g >= 0) & (g <= 255)).all()) for g in values)
+    if whole and any(g.is_floating_point() and bool((g > 1).any()) for g in values):
+        return {name: gamma.to(torch.uint8) for name, gamma in gammas.items()}
+    return gammas
+
+
+def init_group(inner: Optimizer, group: dict) -> None:
+    """Let torch set up the state of a group's parameters, those with a gradient, as a step does before all else."""
+    lists = list(inspect.signature(inner._init_group).parameters)[1:]  # to fill; before torch 2.7 AdamW's amsgrad too
+    inner._init_group(group, *(group[name] if name == "amsgrad" else [] for name in lists))
+
+
+def initialize(inner: Optimizer) -> None:
+    """Give every parameter the state that torch's optimizers make lazily, in the first step that sees its gradient."""
+    if not hasattr(inner, "_init_group"):
+        return
+    for group in inner.param_groups:
+        missing = [p for p in group["params"] if p.requires_grad and not inner.state.get(p)]
+        without_grad = [p for p in missing if p.grad is None]
+        try:
+            for parameter in without_grad:
+                parameter.grad = parameter.detach().new_zeros(()).expand_as(parameter)
+            init_group(inner, {**group, "params": missing})
+        finally:
+            for parameter in without_grad:
+                parameter.grad = None

@@ -1,0 +1,152 @@
+"""Checkpoints beyond one wrapper's own: flattened, moved between plain and wrapped optimizers, and `state` as torch walks it."""
+
+import copy
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+from spg_kernels import SPGOptimizer
+
+from .models import set_gradients
+from .wrapping import INNER, equal, train, values, wrap
+
+KEY = "spg_importance"
+
+
+@pytest.mark.dropin(line=13)
+@pytest.mark.parametrize("inner", [name for name in INNER if not name.endswith(("foreach", "LBFGS", "Muon"))])
+@pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True, "cpu_offload": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.compatibility("torch.distributed.checkpoint: get, set, flattened, full", "torch", "works")
+def test_torch_distributed_checkpoint_resumes_the_trajectory(net, inner, options, tmp_path):
+    """Into an optimizer that asked for its own state first, and into one that did not."""
+    options = StateDictOptions(**options)
+    optimizer = wrap(net, inner)
+    train(net, optimizer, steps=2)
+    set_gradients(net.parameters())
+    optimizer.accumulate_importance()
+    optimizer.step()
+    dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer, options=options)}, checkpoint_id=tmp_path)
+    twins = [copy.deepcopy(net) for _ in range(2)]
+    for twin in twins:
+        twin.zero_grad()
+    resumed = [wrap(twin, inner) for twin in twins]
+    state = get_optimizer_state_dict(twins[0], resumed[0], options=options)
+    dcp.load({"optimizer": state}, checkpoint_id=tmp_path)
+    for twin, optimizer_of_twin in zip(twins, resumed):
+        set_optimizer_state_dict(twin, optimizer_of_twin, optim_state_dict=copy.deepcopy(state), options=options)
+        assert equal(values(twin), values(net)), "no hidden step moves a parameter"
+        assert all(torch.equal(optimizer_of_twin.importance[name], optimizer.importance[name]) for name in optimizer.importance)
+    for model, opt in zip((net, *twins), (optimizer, *resumed)):
+        set_gradients(model.parameters(), seed=7)
+        opt.step()
+    assert all(equal(values(twin), values(net)) for twin in twins)
+
+
+@pytest.mark.dropin(line=10)
+def test_state_is_the_inner_state_written_through(net):
+    optimizer = wrap(net, "AdamW", 0.25)
+    state, weight, head = optimizer.state, net.trunk[0].weight, net.heads[0].weight
+    assert not state and weight not in state and state.get(weight) is None and not optimizer.inner.state
+    train(net, optimizer, steps=1)
+    assert list(state) == list(optimizer.inner.state) and len(state) == len(list(net.parameters()))
+    assert list(state[weight]) == ["step", "exp_avg", "exp_avg_sq", KEY] and len(state[weight]) == 4
+    assert state[weight]["exp_avg"] is optimizer.inner.state[weight]["exp_avg"]
+    assert (state[weight][KEY] == 0.25).all() and state[head][KEY].shape == ()
+    optimizer.state[weight]["mine"] = 1
+    assert optimizer.inner.state[weight].pop("mine") == 1
+    del state[head]
+    assert head not in optimizer.inner.state
+
+
+@pytest.mark.dropin(line=11)
+def test_no_way_of_writing_state_puts_the_importance_into_the_inner_state(net):
+    optimizer = wrap(net, "AdamW", 0.25)
+    weight, head = net.trunk[0].weight, net.heads[0].weight
+    optimizer.state[weight][KEY] = torch.full_like(weight, 0.5)  # before Adam's own state is there
+    optimizer.state[head][KEY] = torch.zeros(())
+    assert (optimizer.importance[weight] == 0.5).all()
+    train(net, optimizer, steps=1)
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():  # as frameworks move state between devices
+            entry[key] = value.clone()
+        optimizer.state[parameter] = entry
+    before = optimizer.inner.state
+    optimizer.state = optimizer.state
+    assert optimizer.inner.state is before, "restoring what was read restores it, and wraps nothing twice"
+    optimizer.state = defaultdict(dict, {p: dict(entry) for p, entry in optimizer.state.items()})
+    assert all(KEY not in entry for entry in optimizer.inner.state.values())
+    train(net, optimizer, steps=1)
+    assert float(optimizer.state[weight]["step"]) == 2
+
+
+@pytest.mark.dropin(line=10)
+def test_loading_replaces_the_inner_state_and_groups_and_the_properties_follow(net):
+    optimizer = wrap(net, "SGD momentum", 0.5)
+    train(net, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 0.125
+    groups = optimizer.param_groups
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups is not groups and optimizer.param_groups[0]["lr"] == 0.125
+    assert optimizer.state.inner is optimizer.inner.state and optimizer.defaults["lr"] == 0.1
+
+
+@pytest.mark.dropin(line=5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("importance_dtype", [torch.float32, torch.uint8], ids=str)
+def test_the_importance_survives_a_plain_optimizer_in_between(net, dtype, importance_dtype):
+    """torch casts every state to its parameter's dtype; 8-bit codes come back as the whole numbers they are."""
+    net.to(dtype)
+    optimizer = wrap(net, "AdamW", importance_dtype=importance_dtype)
+    set_gradients(net.parameters())
+    optimizer.accumulate_importance()
+    plain = INNER["AdamW"](net.parameters())
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert plain.state[net.trunk[0].weight][KEY].dtype == dtype
+    resumed = wrap(net, "AdamW", importance_dtype=importance_dtype)
+    resumed.load_state_dict(plain.state_dict())
+    for name in optimizer.importance:
+        limit = 0 if importance_dtype == torch.uint8 else torch.finfo(dtype).eps
+        assert (resumed.importance[name] - optimizer.importance[name]).abs().max() <= limit
+
+
+@pytest.mark.dropin(line=6)
+@pytest.mark.parametrize("values_of", [(2.5, 1.0), (300.0, 1.0), (-1.0, 2.0), (2.0, 0.5), (float("nan"), 2.0)], ids=str)
+def test_floats_above_one_that_are_no_codes_are_refused(net, values_of):
+    optimizer = wrap(net, "SGD", 0.0)
+    state = copy.deepcopy(optimizer.state_dict())
+    for i, value in enumerate(values_of):
+        state["state"][i][KEY].fill_(value)
+    with pytest.raises(ValueError, match=r"trunk.*finite values in \[0, 1\]"):
+        optimizer.load_state_dict(state)
+    assert not any(optimizer.importance[name].any() for name in optimizer.importance)
+
+
+@pytest.mark.dropin(line=12)
+def test_gammas_of_zero_and_one_are_gammas(net):
+    optimizer = wrap(net, "SGD", 1.0)
+    resumed = wrap(net, "SGD", importance_dtype=torch.uint8)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all((resumed.importance[name] == 1).all() for name in resumed.importance)
+
+
+@pytest.mark.dropin(line=12)
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.compatibility("checkpoints of a plain optimizer, both ways, `weights_only=True`", "torch", "works")
+def test_the_migration_of_the_readme_both_ways(net, inner, tmp_path):
+    """plain -> wrapped: nothing is protected yet, and the trajectory is the plain one; wrapped -> plain: it goes on as it was."""
+    plain = INNER[inner](net.parameters())
+    train(net, plain, steps=2)
+    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    model = copy.deepcopy(net)
+    wrapped = SPGOptimizer(INNER[inner](model.parameters()), heads=model.heads, backend="reference")
+    wrapped.load_state_dict(torch.load(tmp_path / "plain.pt", weights_only=True))
+    assert train(model, wrapped) == train(net, plain) and equal(values(model), values(net))
+    torch.save(wrapped.state_dict(), tmp_path / "wrapped.pt")
+    back = INNER[inner](model.parameters())
+    back.load_state_dict(torch.load(tmp_path / "wrapped.pt", weights_only=True))
+    assert train(model, back) == train(net, plain) and equal(values(model), values(net))
