@@ -145,14 +145,14 @@ def _groups(tensor: Tensor) -> list[tuple]:
 
 def _over_shards(tensors: list[Tensor], rows: list[Tensor], merge: Callable[[Tensor], Tensor]) -> Tensor:
     """Row i, numbers on this rank's part of tensors[i], as `merge` makes it of (parts, tensors, numbers), for all parts."""
-    import torch.distributed as dist
-
     parts: dict[tuple, list[int]] = {}
     for i, tensor in enumerate(tensors):
         for group in _groups(tensor):
             parts.setdefault(group, []).append(i)
     merged = torch.stack([row.cpu() for row in rows])
     for (group, size, device_type), chosen in parts.items():
+        import torch.distributed as dist
+
         own = merged[chosen].to(device_type)
         gathered = [torch.empty_like(own) for _ in range(size)]
         dist.all_gather(gathered, own, group=group)

@@ -196,7 +196,8 @@ class SPGOptimizer(Optimizer):
     def accumulate_importance(self) -> None:
         """Fold the current `.grad` of every trunk parameter into gamma; `.grad` is left alone, None changes nothing.
 
-        The scale of a gradient cancels, so one scaled by a GradScaler gives the same importance.
+        The scale of a gradient cancels, so one scaled by a GradScaler gives the same importance. Over sharded parameters
+        (FSDP2, tensor parallel) a collective call, in plain PyTorch whatever the backend, whose kernels measure whole tensors.
 
         Raises:
             NonFiniteGradientError: names every parameter with an inf or NaN in its gradient; their gamma is untouched.
