@@ -94,12 +94,18 @@ def is_one_value(op: str, gamma: Tensor) -> bool:
 
 def _guard(tensors: list[Tensor]) -> Callable[[list[Tensor]], bool]:
     """A function that says whether tensors have the types, dtypes, devices, shapes and strides of these."""
-    if TensorGuards is not None:
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=[list(t.shape) for t in tensors],
-                              dynamic_dims_strides=[list(t.stride()) for t in tensors])
+    if TensorGuards is None:
+        described = _describe(tensors)
+        return lambda others: _describe(others) == described
+    # It says no to a tensor that comes twice, as the heads' one gamma does: repeats are held to the place they repeat.
+    first: dict[int, int] = {}
+    repeats = [(i, first[id(t)]) for i, t in enumerate(tensors) if first.setdefault(id(t), i) != i]
+    kept = list(first.values())
+    guards = TensorGuards(*(tensors[i] for i in kept), dynamic_dims_sizes=[list(tensors[i].shape) for i in kept],
+                          dynamic_dims_strides=[list(tensors[i].stride()) for i in kept])
+    if not repeats:
         return lambda others: guards.check(*others)
-    described = _describe(tensors)
-    return lambda others: _describe(others) == described
+    return lambda others: all([others[i] is others[j] for i, j in repeats]) and guards.check(*[others[i] for i in kept])
 
 
 def _describe(tensors: list[Tensor]) -> list[tuple]:
