@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from readers import DataError, read_cifar, read_idx
 
 FASHION_SOURCE = "https://github.com/zalandoresearch/fashion-mnist (data/fashion), or Debian's package dataset-fashion-mnist"

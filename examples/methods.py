@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import models
 import torch
 import torch.nn.functional as F
-from data import Batches, Images, Task, split
 
+import models
+from data import Batches, Images, Task, split
 from spg_kernels import SharedTrunkLosses, SPGOptimizer
 
 

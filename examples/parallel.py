@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import argparse
 
-import models
-import report
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data import Batches, load, split
-from methods import Run, evaluate
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import models
+import report
+from data import Batches, load, split
+from methods import Run, evaluate
 from spg_kernels import SPGOptimizer, cross_head_losses
 
 TASKS, BATCH_SIZE, SEED = 5, 32, 0

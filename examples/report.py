@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy
 import torch
-from methods import METHODS, Method, Run, Settings
 from rich.table import Table
 
 import spg_kernels
+from methods import METHODS, Method, Run, Settings
 
 TITLES = {
     "digits": "scikit-learn digits",

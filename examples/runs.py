@@ -10,9 +10,10 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import fields
 
 import torch
+from tqdm import tqdm
+
 from data import Images
 from methods import METHODS, Method, Run, Settings, run
-from tqdm import tqdm
 
 
 def run_all(images: Images, settings: Settings, seeds: list[int], workers: int) -> list[Run]:

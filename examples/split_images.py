@@ -16,14 +16,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from rich.console import Console
+
 import pictures
 import report
-import torch
 from data import LOADERS, DataError, load, split
 from methods import METHODS, Settings
-from rich.console import Console
 from runs import run_all
-
 from spg_kernels import SPGError
 
 # Learning rates: the best for models trained alone, without SPG, tested on a held-out fifth of the training images, with
