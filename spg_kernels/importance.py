@@ -130,6 +130,10 @@ class Importance(Mapping):
         """The name `parameter` is known by, None if it is not."""
         return self._names.get(id(parameter))
 
+    def parameter(self, name: str) -> Tensor | None:
+        """The parameter that is known as `name`, None if there is none."""
+        return self._parameters.get(name)
+
     def gamma(self, parameter: Tensor) -> Tensor | None:
         """gamma of `parameter` as it is stored (float32 or codes), on the parameter's device; None if unknown."""
         name = self._names.get(id(parameter))
