@@ -91,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--interrupts", type=int, default=1000)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     hit = collections.Counter()
     for i in range(parser.parse_args().interrupts):
         hit[interrupted_measuring() if i % 2 else interrupted_steps(STEPS[i // 2 % len(STEPS)])] += 1
