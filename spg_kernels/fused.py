@@ -81,7 +81,7 @@ class FusedStep:
         return (self._layout == importance.layout and len(self._found) == len(inner.param_groups)
                 and _same([inner, inner.state, importance, *inner.state.values()], self._seen)
                 and all(_same(group["params"], found.group) and [grad is not None for grad in own] == found.has_grad
-                        and _names(inner, group) == found.names
+                        and _names(inner, group) == found.names and all(found.states)  # else emptied, to be set up anew
                         for group, found, own in zip(inner.param_groups, self._found, grads)))
 
     @torch.no_grad()

@@ -22,6 +22,11 @@ def _other_tensors_in_the_states(optimizer, net):
         state.update({k: v + 0.5 for k, v in state.items() if torch.is_tensor(v) and v.dim()})
 
 
+def _emptied_states(optimizer, net):
+    for state in list(optimizer.inner.state.values())[::2]:
+        state.clear()
+
+
 def _other_memory(optimizer, net):
     for state in optimizer.inner.state.values():
         for value in state.values():
@@ -91,8 +96,8 @@ def _another_inner_optimizer(optimizer, net):
     optimizer.inner = type(optimizer.inner)(net.parameters(), lr=0.02)
 
 
-CHANGES = [_other_states, _other_tensors_in_the_states, _other_memory, _fewer_gradients, _no_gradient_then_all, _settings,
-           _loaded_checkpoint, _other_importance, _other_gammas, _other_parameters, _another_group, _another_inner_optimizer]
+CHANGES = [_other_states, _other_tensors_in_the_states, _emptied_states, _other_memory, _fewer_gradients,
+           _no_gradient_then_all, _settings, _loaded_checkpoint, _other_importance, _other_gammas, _other_parameters, _another_group, _another_inner_optimizer]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
