@@ -74,6 +74,7 @@ class Importance(Mapping):
 
     # Names and parameters
 
+    @torch.inference_mode(False)  # whatever is made in it could not be written outside
     def add(self, name: str, parameter: Tensor) -> None:
         """Know `parameter` as `name`, with gamma = 0 if the name is new."""
         self._check_parameter(name, parameter)
@@ -137,10 +138,8 @@ class Importance(Mapping):
             return None
         gamma = self._gammas[name]
         if gamma.device != parameter.device:  # the model was moved after it was wrapped
-            gamma = self._gammas[name] = _placed(gamma, parameter)
-            self._means_are_stale = True
-            self.layout += 1
-        return gamma
+            self.add(name, parameter)
+        return self._gammas[name]
 
     def _key(self, key: str | Tensor) -> str:
         name = self.name_of(key) if isinstance(key, Tensor) else key
@@ -207,7 +206,8 @@ class Importance(Mapping):
         """`mean()` on `device`. One tensor for good, brought up to date in place: a captured CUDA graph keeps its address."""
         self.update_means()
         if device not in self._means:
-            self._means[device] = distributed.mean_gamma(list(self._gammas.values()), device)
+            with torch.inference_mode(False):  # a tensor made in it could not be brought up to date outside
+                self._means[device] = distributed.mean_gamma(list(self._gammas.values()), device)
         return self._means[device]
 
     def update_means(self) -> None:
