@@ -103,9 +103,16 @@ class Importance(Mapping):
         """`add` all of a model's parameters, which must be among them the ones of a loaded importance.
 
         Raises:
-            ValueError: a name known here has no parameter, a shape differs; TypeError: a dtype. Nothing has changed.
+            ValueError: a name known here has no parameter, no parameter has a name known here although there is importance, two
+                have the same, a shape differs; TypeError: a dtype. Nothing has changed.
         """
-        missing = self._gammas.keys() - self._parameters.keys() - dict(named_parameters).keys()
+        parameters = dict(named_parameters)
+        for name, parameter in named_parameters:
+            if parameters[name] is not parameter:
+                raise ValueError(f"{name}: two parameters are called so; named_parameters=model.named_parameters() tells them apart")
+        missing = self._gammas.keys() - parameters.keys()
+        if not (self.active and parameters and missing == self._gammas.keys()):
+            missing -= self._parameters.keys()  # which another optimizer may hold
         if missing:
             raise ValueError(f"importance: no parameter is called {', '.join(sorted(missing))}: it is of another model, or its "
                              "names were others; named_parameters=model.named_parameters() names parameters")
