@@ -124,7 +124,7 @@ def test_measuring_interrupted_anywhere_can_be_measured_again():
         optimizer.importance.mean()
         return net, optimizer
 
-    assert interrupt_everywhere(make_with_mean, measure, check, 3 * STRIDE) > 30
+    assert interrupt_everywhere(make_with_mean, measure, check, 3 * STRIDE) > 20
 
 
 class Failing(torch.optim.AdamW):
