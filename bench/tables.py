@@ -10,14 +10,15 @@ from .timing import COPY
 OLD = " †"
 _PASSES = ("importance", "soft mask", "update mask", "sgd", "sgd momentum", "adamw", "training step", "measuring, 1 head",
            "measuring, 5 heads", "measuring, 10 heads", "sgd momentum, before importance", "adamw, before importance")
-_PEERS = ("eager", "foreach", "compile", "copy, step, lerp", "unmasked foreach", "unmasked fused")
+_PEERS = ("a pass a head", "eager", "foreach", "compile", "copy, step, lerp", "unmasked foreach", "unmasked fused")
 _SET_ORDER = (*SETS, "small network")
 _LEGEND = (
     "Times are medians in milliseconds (p20 to p80). The columns from `eager` on are that contender's time over ours with "
     "float32 gamma, within the same round: above 1 it is slower than ours, **below 1 faster**. `of copy` is the share of the "
     "machine's copy bandwidth, measured in the same rounds, at the bytes a pass must move at least; a pass in place can "
     "exceed it, where writing what was just read is faster than copying. `unmasked` is torch's own step, which protects "
-    "nothing. In optimizer steps `eager` and `foreach` mask the gradient before torch's fused step. Every row was checked "
+    "nothing. In optimizer steps `eager` and `foreach` mask the gradient before torch's fused step. Measuring goes once through "
+    "the trunk for all heads (`SharedTrunkLosses`); the others, and ours as `a pass a head`, once a head. Every row was checked "
     "against the reference, element by element, before it was timed."
 )
 

@@ -112,7 +112,7 @@ def test_measuring(heads, device, without, timed):
     contenders, measured = [], {}
     shared = SharedTrunkLosses(own.model.trunk, own.model.heads, heads - 1, F.cross_entropy)
     for name, dtype, ours in (("spg float32", torch.float32, shared), ("spg 8-bit", torch.uint8, shared),
-                              ("spg float32, a pass a head", torch.float32, losses)):
+                              ("a pass a head", torch.float32, losses)):
         importance = Importance(own.trunk(), dtype)
         optimizer = SPGOptimizer(AdamW(own.model.parameters()), heads=own.model.heads, importance=importance)
         measured[name] = [importance.gamma(p) for _, p in own.trunk()]

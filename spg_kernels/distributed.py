@@ -122,10 +122,10 @@ def mean_gamma(gammas: list[Tensor], device: torch.device) -> Tensor:
     return (total / max(1, sum(gamma.numel() for gamma in gammas))).float().to(device)
 
 
-def sums(tensors: list[Tensor]) -> list[float]:
-    """The sum of each tensor's elements, over all shards: a collective call if any is sharded."""
-    rows = [local(tensor).sum(dtype=torch.float64).reshape(1) for tensor in tensors]
-    return _over_shards(tensors, rows, _add)[:, 0].tolist()
+def totals(tensor: Tensor, measure: Callable[[Tensor], Tensor]) -> list[float]:
+    """The sum of `measure(piece)`, float64 values, over small pieces of all shards: a collective call if it is sharded."""
+    row = sum(measure(piece) for piece in local(tensor).reshape(-1).split(PIECE))
+    return _over_shards([tensor], [row], _add)[0].tolist()
 
 
 def some(tensor: Tensor) -> bool:

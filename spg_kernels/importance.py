@@ -138,6 +138,10 @@ class Importance(Mapping):
         """The name `parameter` is known by, None if it is not."""
         return self._names.get(id(parameter))
 
+    def parameter(self, name: str) -> Tensor | None:
+        """The parameter that is known as `name`, None if there is none."""
+        return self._parameters.get(name)
+
     def gamma(self, parameter: Tensor) -> Tensor | None:
         """gamma of `parameter` as it is stored (float32 or codes), on the parameter's device; None if unknown."""
         name = self._names.get(id(parameter))
@@ -227,11 +231,9 @@ class Importance(Mapping):
     def summary(self) -> Capacity:
         """The capacity table: how much of each parameter tensor the tasks so far have used up. `print` it, or read `.rows`."""
         rows = []
-        for name in self:
-            gamma = self[name]
-            mean = float(distributed.mean_gamma([gamma], gamma.device))
-            shares = [above / max(1, gamma.numel()) for above in distributed.sums([gamma > 0.5, gamma > 0.99])]
-            rows.append(LayerCapacity(name, gamma.numel(), mean, *shares))
+        for name, gamma in self._gammas.items():
+            shares = [total / max(1, gamma.numel()) for total in distributed.totals(gamma, _capacity)]
+            rows.append(LayerCapacity(name, gamma.numel(), *shares))
         return Capacity(tuple(rows), 1 - float(self.mean()), self.tasks)
 
     # Saving and loading
@@ -333,6 +335,12 @@ class Importance(Mapping):
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+
+
+def _capacity(piece: Tensor) -> Tensor:
+    """The sum of gammas, and how many are above 0.5 and 0.99."""
+    gamma = ops.decode(piece) if piece.dtype == torch.uint8 else piece
+    return torch.stack([part.sum(dtype=torch.float64) for part in (gamma, gamma > 0.5, gamma > 0.99)])
 
 
 def _placed(gamma: Tensor, parameter: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class SPGOptimizer(Optimizer):
     def _name_trunk(self, named: dict[str, Tensor] | None) -> None:
         """Make every parameter of the groups that is no head known to the importance."""
         given = None if named is None else {id(parameter): name for name, parameter in named.items()}
-        trunk = []
+        trunk: list[tuple[str, Tensor]] = []
         for g, group in enumerate(self.inner.param_groups):
             for s, parameter in enumerate(group["params"]):
                 if id(parameter) in self._head_parameters:
@@ -127,12 +127,21 @@ class SPGOptimizer(Optimizer):
                 if given is not None and id(parameter) not in given:
                     raise ValueError(f"named_parameters: param_groups[{g}]['params'][{s}] of shape {tuple(parameter.shape)} "
                                      "is not among them")
-                built_with = group["param_names"][s] if "param_names" in group else f"{g}.{s}"
-                name = given[id(parameter)] if given is not None else self.importance.name_of(parameter) or built_with
+                if given is not None:
+                    name = given[id(parameter)]
+                elif (name := self.importance.name_of(parameter)) is None:
+                    name = group["param_names"][s] if "param_names" in group else self._slot_name(g, s, dict(trunk))
                 trunk.append((name, parameter))
         frozen = [] if named is None else [(name, parameter) for name, parameter in named.items() if name in self.importance
                                            and id(parameter) not in self._head_parameters]
         self.importance.attach(frozen + trunk)
+
+    def _slot_name(self, g: int, s: int, named: dict[str, Tensor]) -> str:
+        """"group.slot", with a later group where another parameter of this optimizer has that name from an earlier one."""
+        own = {id(p) for p in self._parameters()}
+        while f"{g}.{s}" in named or id(self.importance.parameter(f"{g}.{s}")) in own:
+            g += 1
+        return f"{g}.{s}"
 
     def _gamma(self, parameter: Tensor) -> Tensor:
         """What masks `parameter`: its gamma as stored, or the heads' one value."""

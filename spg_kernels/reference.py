@@ -1,6 +1,5 @@
-"""SPG in plain PyTorch: the specification of every kernel in this package, and the fallback. In the order of T. Konishi
-et al., "Parameter-Level Soft-Masking for Continual Learning", ICML 2023 (PMLR 202:17492-17505): standardize, importance,
-accumulate over tasks, soft mask, optimizer step. Statistics are float64, the rest is `opmath`: float32 or wider."""
+"""SPG in plain PyTorch: the specification of every kernel here, and the fallback, in the order of T. Konishi et al., ICML 2023
+(PMLR 202:17492-17505). Statistics are float64, the rest is `opmath`: float32 or wider."""
 
 import torch
 from torch import Tensor
@@ -15,12 +14,11 @@ def standardize(grad: Tensor) -> Tensor:
     x = grad.double()
     if x.numel() < 2:
         return x - x
-    # z keeps under shift and scale: a constant becomes exactly 0, a small spread keeps its digits, squares stay in range.
-    x = x - x.flatten()[0]
+    x = x - x.flatten()[0]  # z is the same; a constant becomes exactly 0, and a small spread keeps its digits
     largest = x.abs().max()
     if largest == 0:
         return x
-    x = x / largest
+    x = x / largest  # z is the same; squares stay in range
     return (x - x.mean()) / x.std()
 
 
@@ -30,7 +28,7 @@ def importance(grad: Tensor) -> Tensor:
 
 
 def squash(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """tanh(z) of z = |z|, as `dtype` stores it: float32 or the 8-bit code."""
+    """tanh(|z|) as `dtype` stores it: float32 or the 8-bit code."""
     return (z * CODE_SCALE).ceil().clamp(max=255).to(torch.uint8) if dtype == torch.uint8 else z.tanh().float()
 
 
@@ -62,8 +60,7 @@ def decode(code: Tensor) -> Tensor:
 def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
     """gamma <- max(gamma, a), in place. Returns a bool per tensor: False where a gradient is not finite, gamma untouched."""
     finite = torch.ones(len(grads), dtype=torch.bool, device="cpu")
-    for i, (gamma, grad) in enumerate(zip(gammas, grads, strict=True)):
-        z = _standing_out(grad)
+    for i, (gamma, z) in enumerate(zip(gammas, map(_standing_out, grads), strict=True)):
         finite[i] = bool(z.isfinite().all())
         if finite[i]:
             gamma.copy_(torch.maximum(gamma, squash(z, gamma.dtype)))
@@ -148,6 +145,5 @@ def masked_adamw_(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
         if max_exp_avg_sqs:
             exp_avg_sq = torch.maximum(max_exp_avg_sqs[i], exp_avg_sq)
             max_exp_avg_sqs[i].copy_(exp_avg_sq)
-        denominator = exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5 + eps
-        new = new - lr / (1 - beta1**step) * exp_avg / denominator
+        new = new - lr / (1 - beta1**step) * exp_avg / (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5 + eps)
         param.copy_(blend(new, old, gamma) if mask == "update" else new)

@@ -24,7 +24,7 @@ def snapshot(optimizer) -> list[Slot]:
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for p in group["params"]:
             gamma = optimizer.importance.gamma(p)
-            state = {key: value.clone() for key, value in optimizer.state.get(p, {}).items() if isinstance(value, torch.Tensor)}
+            state = {key: value.clone() for key, value in optimizer.inner.state.get(p, {}).items() if isinstance(value, torch.Tensor)}
             slots.append(Slot(p.detach().clone(), None if p.grad is None else p.grad.clone(), None if gamma is None else gamma.clone(),
                               settings, state))
     return slots

@@ -261,6 +261,17 @@ def test_a_new_head_a_task(net):
     assert extra in optimizer.importance and optimizer.importance.name_of(extra) == "2.0"
 
 
+def test_a_group_added_to_a_fresh_optimizer_takes_nobody_elses_name():
+    first, second, third = (torch.nn.Parameter(torch.randn(3)) for _ in range(3))
+    optimizer = SPGOptimizer(torch.optim.SGD([first], lr=0.1))
+    optimizer.add_param_group({"params": [second]})
+    optimizer.importance[second] = torch.full((3,), 0.5)
+    fresh = SPGOptimizer(torch.optim.SGD([first, second], lr=0.1), importance=optimizer.importance)
+    fresh.add_param_group({"params": [third]})  # slot 1.0, as second was
+    assert torch.equal(fresh.importance[second], torch.full((3,), 0.5)) and not fresh.importance[third].any()
+    assert list(fresh.importance) == ["0.0", "1.0", "2.0"]
+
+
 @pytest.mark.dropin(line=7)
 def test_replaced_parameters_are_an_error_until_bound(net):
     optimizer = wrap(net, "SGD", 1.0)

@@ -14,6 +14,7 @@ from spg_kernels import reference
 from spg_kernels.backends.triton import importance, launch
 
 from . import oracle
+
 # What every backend is held to, with `backend` below.
 from .test_ops import (  # noqa: F401
     test_a_non_finite_gradient_is_named_and_its_gamma_untouched,
