@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import distributed, ops
+from .memory import check_disjoint
 
 
 def is_tracked(inner: Optimizer, backend: str) -> bool:
@@ -28,8 +29,9 @@ def update_masked_step(step: Callable, closure: Callable | None, parameters: lis
     with torch.set_grad_enabled(tracked):
         old = [p.clone() for p in values]
     if moving and not torch.compiler.is_compiling():
-        # A backend that refuses must do so before the inner step changes its state.
+        # Whatever refuses must do so before the inner step changes its state.
         ops.choose("update_mask_", (values, old, gammas), backend)
+        check_disjoint({"params": values}, {})
     try:
         loss = step(closure)
         if tracked:
