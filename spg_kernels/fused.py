@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import distributed, ops
 from .importance import Importance
+from .memory import check_disjoint
 from .state import init_group
 
 
@@ -93,6 +94,7 @@ class FusedStep:
             states = [inner.state[p] for p in params] if any(names) else []
             found.append(_Found(list(group["params"]), [grad is not None for grad in own], names, params, states,
                                 [gamma_of(p) for p in params]))
+        check_disjoint({"params": [distributed.local(p) for own in found for p in own.params]}, {})
         self._found, self._layout = found, importance.layout
         self._seen = [inner, inner.state, importance, *inner.state.values()]
 

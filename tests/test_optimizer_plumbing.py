@@ -246,6 +246,20 @@ def test_a_group_that_is_refused_is_not_added(net):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_parameters_that_share_memory_are_refused_before_anything_changed(inner):
+    """Tied through `.data`: two importances cannot both mask the same numbers."""
+    first = nn.Parameter(torch.ones(4))
+    second = nn.Parameter(first.data)
+    optimizer = SPGOptimizer(inner([first, second], lr=0.1))
+    optimizer.importance["0.0"] = torch.ones(4)
+    set_gradients([first, second])
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] share memory"):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(4))
+    assert all(not state.get("step") for state in optimizer.inner.state.values())
+
+
 @pytest.mark.dropin(line=19)
 def test_a_new_head_a_task(net):
     optimizer = wrap(net, "SGD", 1.0)
