@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from spg_kernels import Importance
+from spg_kernels import Importance, SPGOptimizer
 from spg_kernels.backends import native
 
 from .models import Net, set_gradients
@@ -139,3 +139,16 @@ def test_sgd_without_momentum_leaves_no_state(net):
     set_gradients(net.parameters())
     optimizer.step()
     assert not optimizer.inner.state
+
+
+def test_what_is_kept_does_not_grow_with_the_steps():
+    """Another number of parameters with other shapes in every step, as where experts take turns."""
+    parameters = [torch.nn.Parameter(torch.ones(n)) for n in range(1, 101)]
+    optimizer = SPGOptimizer(torch.optim.SGD(parameters, lr=0.1))
+    optimizer.importance["0.0"] = torch.ones(1)
+    for step in range(99):
+        set_gradients(parameters[step:])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(native.PLANS._plans) <= 32 and all(len(plans) <= 16 for plans in native.PLANS._plans.values())
+    assert torch.equal(parameters[0], torch.ones(1)) and not torch.equal(parameters[98], torch.ones(99))
