@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class Capacity:
         for column in ("elements", "mean gamma", "gamma > 0.5", "gamma > 0.99"):
             table.add_column(column, justify="right")
         for row in self.rows:
-            table.add_row(row.name, f"{row.elements:,}", f"{row.mean:.4f}", f"{row.above_half:.1%}", f"{row.above_99:.1%}")
+            table.add_row(escape(row.name), f"{row.elements:,}", f"{row.mean:.4f}", f"{row.above_half:.1%}", f"{row.above_99:.1%}")
         console = Console(width=100)
         with console.capture() as text:
             console.print(table)

@@ -234,7 +234,8 @@ class SPGOptimizer(Optimizer):
 
         Leaves `.grad` None; parameters, optimizer state and the model's mode stay as they were. Interrupted, by an error or
         by hand, and called again with the same `loader` and `losses`, it goes on with the first loss that is not folded in;
-        unless a parameter or an importance was changed in between: then it starts anew.
+        unless a parameter or an importance was changed in between: then it starts anew. What was written through `.data`
+        alone goes unnoticed.
 
         Args:
             loader: gives batches, once for every loss; with `SharedTrunkLosses` once for many.
