@@ -37,7 +37,8 @@ class Capacity:
         for column in ("elements", "mean gamma", "gamma > 0.5", "gamma > 0.99"):
             table.add_column(column, justify="right")
         for row in self.rows:
-            table.add_row(escape(row.name), f"{row.elements:,}", f"{row.mean:.4f}", f"{row.above_half:.1%}", f"{row.above_99:.1%}")
+            shares = f"{row.above_half:.1%}", f"{row.above_99:.1%}"
+            table.add_row(escape(row.name), f"{row.elements:,}", f"{row.mean:.4f}", *shares)
         console = Console(width=100)
         with console.capture() as text:
             console.print(table)
@@ -104,13 +105,14 @@ class Importance(Mapping):
         """`add` all of a model's parameters, which must be among them the ones of a loaded importance.
 
         Raises:
-            ValueError: a name known here has no parameter, no parameter has a name known here although there is importance, two
-                have the same, a shape differs; TypeError: a dtype. Nothing has changed.
+            ValueError: a name known here has no parameter, no parameter's name is known here although there is importance,
+                two parameters have the same, a shape differs; TypeError: a dtype. Nothing has changed.
         """
         parameters = dict(named_parameters)
         for name, parameter in named_parameters:
             if parameters[name] is not parameter:
-                raise ValueError(f"{name}: two parameters are called so; named_parameters=model.named_parameters() tells them apart")
+                raise ValueError(f"{name}: two parameters are called so; named_parameters=model.named_parameters() tells them "
+                                 "apart")
         missing = self._gammas.keys() - parameters.keys()
         if not (self.active and parameters and missing == self._gammas.keys()):
             missing -= self._parameters.keys()  # which another optimizer may hold

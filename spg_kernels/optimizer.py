@@ -112,8 +112,8 @@ class SPGOptimizer(Optimizer):
         parameters = [p for head in self._heads for p in (head.parameters() if isinstance(head, nn.Module) else (head,))]
         trunk = [name for name in map(self.importance.name_of, parameters) if name is not None]
         if trunk:
-            raise ValueError(f"heads: {', '.join(trunk)} have an importance, as trunk parameters do; leave heads out of it, and "
-                             "append a head to `heads` before its parameters come with add_param_group")
+            raise ValueError(f"heads: {', '.join(trunk)} have an importance, as trunk parameters do; leave heads out of it, "
+                             "and append a head to `heads` before its parameters come with add_param_group")
         self._head_parameters = {id(p): p for p in parameters}
 
     def _name_trunk(self, named: dict[str, Tensor] | None) -> None:

@@ -97,7 +97,8 @@ def _another_inner_optimizer(optimizer, net):
 
 
 CHANGES = [_other_states, _other_tensors_in_the_states, _emptied_states, _other_memory, _fewer_gradients,
-           _no_gradient_then_all, _settings, _loaded_checkpoint, _other_importance, _other_gammas, _other_parameters, _another_group, _another_inner_optimizer]
+           _no_gradient_then_all, _settings, _loaded_checkpoint, _other_importance, _other_gammas,
+           _other_parameters, _another_group, _another_inner_optimizer]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
