@@ -94,6 +94,7 @@ def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None
         return reference, None
     plan = plan or chosen.PLANS.make(op, lists)
     if plan.refused and backend != "auto":
+        _check_memory(op, lists)  # what no backend can take is an error of its own
         index, reason = plan.first_refusal()
         raise BackendError(f"backend {backend!r}, {op}: tensor {index} of {len(lists[0])} {reason}")
     return chosen, plan

@@ -37,6 +37,7 @@ def interrupt_soon() -> None:
 def interrupted_steps(step) -> str:
     """Steps until the interrupt, each beside a twin that makes it first: what the twin was not half through must be whole."""
     (net, optimizer), (ahead, twin) = masked(*step), masked(*step)
+    optimizer.step(), twin.step()  # torch's own first step, which makes the state, can leave half of it behind
     grads, gammas = [p.grad.clone() for p in net.parameters()], dict(optimizer.importance.items())
     before = after = values(net)
     now = "elsewhere"
