@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import distributed, ops
 from .importance import Importance
+from .memory import check_disjoint
 from .state import init_group
 
 
@@ -81,7 +82,7 @@ class FusedStep:
         return (self._layout == importance.layout and len(self._found) == len(inner.param_groups)
                 and _same([inner, inner.state, importance, *inner.state.values()], self._seen)
                 and all(_same(group["params"], found.group) and [grad is not None for grad in own] == found.has_grad
-                        and _names(inner, group) == found.names
+                        and _names(inner, group) == found.names and all(found.states)  # else emptied, to be set up anew
                         for group, found, own in zip(inner.param_groups, self._found, grads)))
 
     @torch.no_grad()
@@ -93,6 +94,7 @@ class FusedStep:
             states = [inner.state[p] for p in params] if any(names) else []
             found.append(_Found(list(group["params"]), [grad is not None for grad in own], names, params, states,
                                 [gamma_of(p) for p in params]))
+        check_disjoint({"params": [distributed.local(p) for own in found for p in own.params]}, {})
         self._found, self._layout = found, importance.layout
         self._seen = [inner, inner.state, importance, *inner.state.values()]
 

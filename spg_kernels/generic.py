@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import distributed, ops
+from .memory import check_disjoint
 
 
 def is_tracked(inner: Optimizer, backend: str) -> bool:
@@ -21,23 +22,25 @@ def is_tracked(inner: Optimizer, backend: str) -> bool:
 def update_masked_step(step: Callable, closure: Callable | None, parameters: list[Tensor], gamma_of: Callable[[Tensor], Tensor],
                        backend: str, tracked: bool):
     """p <- p_old + (1 - gamma)(p_new - p_old) around `step(closure)`. If that fails, parameters are as before."""
-    trainable = [p for p in parameters if p.requires_grad]
-    gammas = [distributed.local(gamma_of(p)) for p in trainable]
-    values = trainable if tracked else _values(trainable)
+    # Frozen parameters too, if they have a gradient or a closure may give them one: inner steps ask for nothing else.
+    moving = [p for p in parameters if p.requires_grad or p.grad is not None or closure is not None]
+    gammas = [distributed.local(gamma_of(p)) for p in moving]
+    values = moving if tracked else _values(moving)
     with torch.set_grad_enabled(tracked):
         old = [p.clone() for p in values]
-    if trainable and not torch.compiler.is_compiling():
-        # A backend that refuses must do so before the inner step changes its state.
+    if moving and not torch.compiler.is_compiling():
+        # Whatever refuses must do so before the inner step changes its state.
         ops.choose("update_mask_", (values, old, gammas), backend)
+        check_disjoint({"params": values}, {})
     try:
         loss = step(closure)
         if tracked:
             with torch.enable_grad():
                 ops.reference.update_mask_(values, old, gammas)
         else:  # looked up again: a closure may have given a parameter other memory
-            ops.update_mask_(_values(trainable), old, gammas, backend=backend)
+            ops.update_mask_(_values(moving), old, gammas, backend=backend)
     except BaseException:
-        for parameter, value in zip(_values(trainable), old):
+        for parameter, value in zip(_values(moving), old):
             parameter.copy_(value)
         raise
     return loss

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -36,7 +37,8 @@ class Capacity:
         for column in ("elements", "mean gamma", "gamma > 0.5", "gamma > 0.99"):
             table.add_column(column, justify="right")
         for row in self.rows:
-            table.add_row(row.name, f"{row.elements:,}", f"{row.mean:.4f}", f"{row.above_half:.1%}", f"{row.above_99:.1%}")
+            shares = f"{row.above_half:.1%}", f"{row.above_99:.1%}"
+            table.add_row(escape(row.name), f"{row.elements:,}", f"{row.mean:.4f}", *shares)
         console = Console(width=100)
         with console.capture() as text:
             console.print(table)
@@ -74,6 +76,7 @@ class Importance(Mapping):
 
     # Names and parameters
 
+    @torch.inference_mode(False)  # whatever is made in it could not be written outside
     def add(self, name: str, parameter: Tensor) -> None:
         """Know `parameter` as `name`, with gamma = 0 if the name is new."""
         self._check_parameter(name, parameter)
@@ -102,9 +105,17 @@ class Importance(Mapping):
         """`add` all of a model's parameters, which must be among them the ones of a loaded importance.
 
         Raises:
-            ValueError: a name known here has no parameter, a shape differs; TypeError: a dtype. Nothing has changed.
+            ValueError: a name known here has no parameter, no parameter's name is known here although there is importance,
+                two parameters have the same, a shape differs; TypeError: a dtype. Nothing has changed.
         """
-        missing = self._gammas.keys() - self._parameters.keys() - dict(named_parameters).keys()
+        parameters = dict(named_parameters)
+        for name, parameter in named_parameters:
+            if parameters[name] is not parameter:
+                raise ValueError(f"{name}: two parameters are called so; named_parameters=model.named_parameters() tells them "
+                                 "apart")
+        missing = self._gammas.keys() - parameters.keys()
+        if not (self.active and parameters and missing == self._gammas.keys()):
+            missing -= self._parameters.keys()  # which another optimizer may hold
         if missing:
             raise ValueError(f"importance: no parameter is called {', '.join(sorted(missing))}: it is of another model, or its "
                              "names were others; named_parameters=model.named_parameters() names parameters")
@@ -141,10 +152,8 @@ class Importance(Mapping):
             return None
         gamma = self._gammas[name]
         if gamma.device != parameter.device:  # the model was moved after it was wrapped
-            gamma = self._gammas[name] = _placed(gamma, parameter)
-            self._means_are_stale = True
-            self.layout += 1
-        return gamma
+            self.add(name, parameter)
+        return self._gammas[name]
 
     def _key(self, key: str | Tensor) -> str:
         name = self.name_of(key) if isinstance(key, Tensor) else key
@@ -211,7 +220,8 @@ class Importance(Mapping):
         """`mean()` on `device`. One tensor for good, brought up to date in place: a captured CUDA graph keeps its address."""
         self.update_means()
         if device not in self._means:
-            self._means[device] = distributed.mean_gamma(list(self._gammas.values()), device)
+            with torch.inference_mode(False):  # a tensor made in it could not be brought up to date outside
+                self._means[device] = distributed.mean_gamma(list(self._gammas.values()), device)
         return self._means[device]
 
     def update_means(self) -> None:

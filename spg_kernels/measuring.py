@@ -185,8 +185,8 @@ def _batches(loader: Iterable, sweeps: int) -> int | None:
 
 
 def _moved(batch: Sequence[Tensor], module: nn.Module) -> list[Tensor]:
-    device = next(module.parameters()).device
-    return [tensor.to(device, non_blocking=True) for tensor in batch]
+    parameter = next(module.parameters(), None)
+    return list(batch) if parameter is None else [tensor.to(parameter.device, non_blocking=True) for tensor in batch]
 
 
 def _check_task(task: int) -> None:

@@ -62,8 +62,7 @@ def _holds_an_element_twice(tensor: Tensor) -> bool:
     reach = 1
     for stride, n in sorted((stride, n) for stride, n in zip(tensor.stride(), tensor.shape) if n > 1):
         if stride < reach:
-            offsets = _byte_offsets(tensor)
-            return offsets.unique().numel() < offsets.numel()
+            return int(_marked(tensor, tensor.data_ptr(), _extent(tensor)).sum()) < tensor.nbytes
         reach += (n - 1) * stride
     return False
 
@@ -71,9 +70,20 @@ def _holds_an_element_twice(tensor: Tensor) -> bool:
 def _share_elements(one: Tensor, other: Tensor) -> bool:
     if one.is_contiguous() and other.is_contiguous():
         return True  # their spans overlap and have no gaps
-    return bool(torch.isin(_byte_offsets(one) + one.data_ptr(), _byte_offsets(other) + other.data_ptr()).any())
+    start = min(one.data_ptr(), other.data_ptr())
+    marked = _marked(one, start, max(t.data_ptr() + _extent(t) for t in (one, other)) - start)
+    return bool(_bytes(other, marked, start).any())
 
 
-def _byte_offsets(tensor: Tensor) -> Tensor:
+def _marked(tensor: Tensor, start: int, size: int) -> Tensor:
+    """A flag for each of the `size` bytes from `start`, set where `tensor` has its elements."""
+    flags = torch.zeros(size, dtype=torch.bool, device="cpu")
+    _bytes(tensor, flags, start).fill_(True)
+    return flags
+
+
+def _bytes(tensor: Tensor, flags: Tensor, start: int) -> Tensor:
+    """The flags of the bytes that `tensor` has its elements in."""
     size = tensor.element_size()
-    return torch.arange(_extent(tensor)).as_strided((*tensor.shape, size), (*(size * s for s in tensor.stride()), 1)).flatten()
+    strides = (*(size * stride for stride in tensor.stride()), 1)
+    return flags.as_strided((*tensor.shape, size), strides, tensor.data_ptr() - start)

@@ -20,7 +20,7 @@ class SPGOptimizer(Optimizer):
     Args:
         optimizer: the inner optimizer.
         heads: the task heads: modules, an nn.ModuleList (heads appended later count too), or parameters. They hold no
-            gamma and are scaled by 1 - mean(gamma).
+            gamma, so `importance` must not know them, and are scaled by 1 - mean(gamma).
         named_parameters: `model.named_parameters()`, to key the importance by. Without it: the names that `importance`
             knows these parameters by, those the inner optimizer was built with, or "group.slot".
         mask: "update" scales what the inner step adds to a parameter, right for every optimizer; "gradient" scales the
@@ -110,6 +110,10 @@ class SPGOptimizer(Optimizer):
 
     def _find_heads(self) -> None:
         parameters = [p for head in self._heads for p in (head.parameters() if isinstance(head, nn.Module) else (head,))]
+        trunk = [name for name in map(self.importance.name_of, parameters) if name is not None]
+        if trunk:
+            raise ValueError(f"heads: {', '.join(trunk)} have an importance, as trunk parameters do; leave heads out of it, "
+                             "and append a head to `heads` before its parameters come with add_param_group")
         self._head_parameters = {id(p): p for p in parameters}
 
     def _name_trunk(self, named: dict[str, Tensor] | None) -> None:
@@ -157,9 +161,13 @@ class SPGOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group to the inner optimizer; parameters of `heads` are heads, all others trunk with gamma = 0."""
-        self.inner.add_param_group(param_group)
         self._find_heads()
-        self._name_trunk(None)
+        self.inner.add_param_group(param_group)
+        try:
+            self._name_trunk(None)
+        except BaseException:
+            del self.inner.param_groups[-1]
+            raise
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.inner.param_groups for p in group["params"]]
@@ -226,7 +234,8 @@ class SPGOptimizer(Optimizer):
 
         Leaves `.grad` None; parameters, optimizer state and the model's mode stay as they were. Interrupted, by an error or
         by hand, and called again with the same `loader` and `losses`, it goes on with the first loss that is not folded in;
-        unless a parameter or an importance was changed in between: then it starts anew.
+        unless a parameter or an importance was changed in between: then it starts anew. What was written through `.data`
+        alone goes unnoticed.
 
         Args:
             loader: gives batches, once for every loss; with `SharedTrunkLosses` once for many.

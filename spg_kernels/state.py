@@ -105,6 +105,7 @@ def init_group(inner: Optimizer, group: dict) -> None:
     inner._init_group(group, *(group[name] if name == "amsgrad" else [] for name in lists))
 
 
+@torch.inference_mode(False)  # trainers save in it after a validation; state made in it could not be stepped outside
 def initialize(inner: Optimizer) -> None:
     """Give every parameter the state that torch's optimizers make lazily, in the first step that sees its gradient."""
     if not hasattr(inner, "_init_group"):

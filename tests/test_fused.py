@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from spg_kernels import Importance
+from spg_kernels import Importance, SPGOptimizer
 from spg_kernels.backends import native
 
 from .models import Net, set_gradients
@@ -20,6 +20,11 @@ def _other_states(optimizer, net):
 def _other_tensors_in_the_states(optimizer, net):
     for state in optimizer.inner.state.values():
         state.update({k: v + 0.5 for k, v in state.items() if torch.is_tensor(v) and v.dim()})
+
+
+def _emptied_states(optimizer, net):
+    for state in list(optimizer.inner.state.values())[::2]:
+        state.clear()
 
 
 def _other_memory(optimizer, net):
@@ -91,8 +96,9 @@ def _another_inner_optimizer(optimizer, net):
     optimizer.inner = type(optimizer.inner)(net.parameters(), lr=0.02)
 
 
-CHANGES = [_other_states, _other_tensors_in_the_states, _other_memory, _fewer_gradients, _no_gradient_then_all, _settings,
-           _loaded_checkpoint, _other_importance, _other_gammas, _other_parameters, _another_group, _another_inner_optimizer]
+CHANGES = [_other_states, _other_tensors_in_the_states, _emptied_states, _other_memory, _fewer_gradients,
+           _no_gradient_then_all, _settings, _loaded_checkpoint, _other_importance, _other_gammas,
+           _other_parameters, _another_group, _another_inner_optimizer]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
@@ -134,3 +140,16 @@ def test_sgd_without_momentum_leaves_no_state(net):
     set_gradients(net.parameters())
     optimizer.step()
     assert not optimizer.inner.state
+
+
+def test_what_is_kept_does_not_grow_with_the_steps():
+    """Another number of parameters with other shapes in every step, as where experts take turns."""
+    parameters = [torch.nn.Parameter(torch.ones(n)) for n in range(1, 101)]
+    optimizer = SPGOptimizer(torch.optim.SGD(parameters, lr=0.1))
+    optimizer.importance["0.0"] = torch.ones(1)
+    for step in range(99):
+        set_gradients(parameters[step:])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(native.PLANS._plans) <= 32 and all(len(plans) <= 16 for plans in native.PLANS._plans.values())
+    assert torch.equal(parameters[0], torch.ones(1)) and not torch.equal(parameters[98], torch.ones(99))

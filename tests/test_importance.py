@@ -209,3 +209,8 @@ def test_sparse_and_complex_gradients_have_an_importance():
 def test_the_summary_is_plain_numbers(net):
     row = measured(net).summary().rows[0]
     assert json.loads(json.dumps(vars(row)))["name"] == "0.weight"
+
+
+def test_the_summary_prints_any_name():
+    text = str(Importance([("experts[/0]", nn.Parameter(torch.zeros(2))), ("[bold]", nn.Parameter(torch.zeros(2)))]).summary())
+    assert "experts[/0]" in text and "[bold]" in text

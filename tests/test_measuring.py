@@ -345,6 +345,12 @@ def test_a_gradient_that_is_not_finite_is_named_and_the_heads_before_it_count(ne
     assert equal(gammas(optimizer), gammas(expected))
 
 
+def test_a_head_may_have_no_parameters(net):
+    (x, y), *_ = tasks()[0]
+    (loss,) = SharedTrunkLosses(net.trunk, [torch.nn.Identity()], 0, F.cross_entropy)
+    assert torch.equal(loss((x, y)), F.cross_entropy(net.trunk(x), y))
+
+
 def test_losses_probe_old_heads_with_the_sum_of_their_outputs(net):
     x, y = tasks()[0][0]
     losses = cross_head_losses(net, 2, F.cross_entropy)

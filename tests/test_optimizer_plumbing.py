@@ -196,6 +196,70 @@ def test_a_fresh_optimizer_takes_over_the_importance(net):
     assert second.importance is first.importance and len(second.importance) == 4, "known parameters keep their names"
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_an_importance_that_knows_none_of_the_parameters_is_an_error(net, named):
+    """As when a model is reloaded or copied, and once its parameters have names and once not: it would train unprotected."""
+    def wrapped(model, named, **kwargs):
+        return SPGOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), heads=model.heads,
+                            named_parameters=model.named_parameters() if named else None, **kwargs)
+
+    first = wrapped(net, named)
+    set_gradients(net.parameters())
+    first.accumulate_importance()
+    reloaded = copy.deepcopy(net)
+    for importance in (first.importance, copy.deepcopy(first.importance)):
+        with pytest.raises(ValueError, match=f"no parameter is called {'trunk.0.bias' if named else '0.0'}.*another model"):
+            wrapped(reloaded, not named, importance=importance)
+        assert len(importance) == 4
+        assert len(wrapped(reloaded, named, importance=importance).importance) == 4
+    heads = SPGOptimizer(torch.optim.SGD(net.heads.parameters(), lr=0.1), heads=net.heads, importance=first.importance)
+    assert len(heads.importance) == 4, "an optimizer of the heads alone"
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (3, 4)])
+def test_a_name_is_of_one_parameter(sizes):
+    layers = [nn.Linear(2, size) for size in sizes]
+    inner = torch.optim.SGD([{"params": layer.named_parameters()} for layer in layers], lr=0.1)
+    with pytest.raises(ValueError, match="weight: two parameters are called so"):
+        SPGOptimizer(inner)
+    assert len(SPGOptimizer(inner, named_parameters=nn.ModuleList(layers).named_parameters()).importance) == 4
+
+
+def test_heads_hold_no_importance(net):
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="heads: heads.0.weight, heads.0.bias.* have an importance"):
+        SPGOptimizer(inner, heads=net.heads, importance=Importance(net.named_parameters()))
+    optimizer = SPGOptimizer(inner, heads=net.heads)
+    head = nn.Linear(16, 3)
+    optimizer.add_param_group({"params": head.parameters()})
+    net.heads.append(head)
+    set_gradients(net.parameters())
+    with pytest.raises(ValueError, match="heads: 1.0, 1.1 have an importance.*before.*add_param_group"):
+        optimizer.accumulate_importance()
+
+
+def test_a_group_that_is_refused_is_not_added(net):
+    optimizer = wrap(net)
+    optimizer.importance.add("1.0", nn.Parameter(torch.zeros(7)))
+    with pytest.raises(ValueError, match="1.0.*shape"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_parameters_that_share_memory_are_refused_before_anything_changed(inner):
+    """Tied through `.data`: two importances cannot both mask the same numbers."""
+    first = nn.Parameter(torch.ones(4))
+    second = nn.Parameter(first.data)
+    optimizer = SPGOptimizer(inner([first, second], lr=0.1))
+    optimizer.importance["0.0"] = torch.ones(4)
+    set_gradients([first, second])
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] share memory"):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(4))
+    assert all(not state.get("step") for state in optimizer.inner.state.values())
+
+
 @pytest.mark.dropin(line=19)
 def test_a_new_head_a_task(net):
     optimizer = wrap(net, "SGD", 1.0)

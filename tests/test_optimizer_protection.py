@@ -10,7 +10,7 @@ from torch import nn
 from spg_kernels import SPGOptimizer
 
 from .models import set_gradients
-from .wrapping import FUSABLE, INNER, equal, train, values, wrap
+from .wrapping import FUSABLE, INNER, closure_for, equal, train, values, wrap
 
 
 @pytest.mark.dropin(line=2)
@@ -35,6 +35,25 @@ def test_gamma_one_does_not_move(net, inner, on):
     before = values(net)
     losses = train(net, wrap(net, inner, 1.0, backend=on))
     assert equal(values(net), before) and len(set(losses)) == 1
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("on", ["auto", "reference"])
+def test_a_frozen_parameter_that_still_has_a_gradient_is_masked(net, inner, on):
+    """The inner optimizer moves it: it looks at gradients, not at requires_grad."""
+    optimizer = wrap(net, inner, 1.0, backend=on)
+    train(net, optimizer, steps=1)
+    net.requires_grad_(False)
+    before = values(net)
+
+    def thaw():
+        net.requires_grad_(True)
+        return closure_for(net, torch.ones(8, 10))()
+
+    if inner != "LBFGS":  # takes no step without a closure
+        optimizer.step()
+    optimizer.step(thaw)
+    assert equal(values(net), before)
 
 
 @pytest.mark.dropin(line=4)

@@ -290,3 +290,18 @@ def test_a_model_that_began_on_the_meta_device(inner):
     before = values(net)
     train(net, optimizer)
     assert equal(values(net), before)
+
+
+@pytest.mark.parametrize("on", ["auto", "reference"])
+def test_what_was_made_in_inference_mode_is_as_good_as_any(net, on):
+    """Where trainers validate, look at the capacity, and save."""
+    twin = copy.deepcopy(net)
+    for model in (net, twin):
+        with torch.inference_mode(model is twin):
+            optimizer = wrap(model, "AdamW", 0.5, backend=on)
+            optimizer.importance.mean()
+            optimizer.state_dict()
+        for name in optimizer.importance:
+            optimizer.importance[name] = optimizer.importance[name] / 2
+        train(model, optimizer)
+    assert equal(values(net), values(twin))

@@ -29,6 +29,7 @@ Lists = tuple[list[Tensor], ...]
 STATES = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 _PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere: DTensor, FakeTensor
 _PLANS_PER_KEY = 16
+_KEYS = 32  # the number of tensors may be another in every step, where experts or heads take turns
 _ADDRESSES_PER_PLAN = 64
 
 
@@ -51,7 +52,7 @@ class Plan:
         return addresses.tobytes() in self._disjoint_at
 
     def remember_disjoint(self, addresses: array) -> None:
-        if len(self._disjoint_at) == _ADDRESSES_PER_PLAN:
+        if len(self._disjoint_at) >= _ADDRESSES_PER_PLAN:
             self._disjoint_at.clear()
         self._disjoint_at.add(addresses.tobytes())
 
@@ -79,6 +80,8 @@ class Plans:
             known = self._plans.setdefault((op, *map(len, lists)), [])
             known.insert(0, plan)
             del known[_PLANS_PER_KEY:]
+            while len(self._plans) > _KEYS:
+                self._plans.pop(next(iter(self._plans)), None)
         return plan
 
 
