@@ -146,12 +146,12 @@ class Importance(Mapping):
         return self._parameters.get(name)
 
     def gamma(self, parameter: Tensor) -> Tensor | None:
-        """gamma of `parameter` as it is stored (float32 or codes), on the parameter's device; None if unknown."""
+        """gamma of `parameter` as it is stored (float32 or codes), where and laid out as the parameter is; None if unknown."""
         name = self._names.get(id(parameter))
         if name is None:
             return None
         gamma = self._gammas[name]
-        if gamma.device != parameter.device:  # the model was moved after it was wrapped
+        if gamma.device != parameter.device or not _lies_as(gamma, parameter):  # the model was moved after it was wrapped
             self.add(name, parameter)
         return self._gammas[name]
 
@@ -344,6 +344,11 @@ def _capacity(piece: Tensor) -> Tensor:
     """The sum of gammas, and how many are above 0.5 and 0.99."""
     gamma = ops.decode(piece) if piece.dtype == torch.uint8 else piece
     return torch.stack([part.sum(dtype=torch.float64) for part in (gamma, gamma > 0.5, gamma > 0.99)])
+
+
+def _lies_as(gamma: Tensor, parameter: Tensor) -> bool:
+    """Whether `gamma` has the memory layout of `parameter`, or of what is made like it where that has gaps."""
+    return gamma.stride() == parameter.stride() or gamma.stride() == torch.empty_like(parameter, device="meta").stride()
 
 
 def _placed(gamma: Tensor, parameter: Tensor) -> Tensor:
