@@ -58,6 +58,7 @@ class FusedStep:
         self._found: list[_Found] = []
         self._seen: list = []  # where: the optimizer, its state, the importance, and each of the state's dictionaries
         self._layout = -1
+        self._is_sharded = False
 
     def take(self, inner: Optimizer, importance: Importance, gamma_of: Callable[[Tensor], Tensor], mask: str,
              backend: str) -> bool:
@@ -69,7 +70,9 @@ class FusedStep:
         step = _sgd if isinstance(inner, SGD) else _adam
         calls = [call for group, found, own in zip(inner.param_groups, self._found, grads)
                  for call in step(inner, group, found, [grad for grad in own if grad is not None])]
-        on_shards = [call._replace(lists=distributed.local_lists(call.lists)) for call in calls]
+        on_shards = calls
+        if self._is_sharded:
+            on_shards = [call._replace(lists=distributed.local_lists(call.lists)) for call in calls]
         if not ops.try_calls(on_shards, {"mask": mask}, backend):
             return False
         for call in calls:
@@ -94,7 +97,9 @@ class FusedStep:
             states = [inner.state[p] for p in params] if any(names) else []
             found.append(_Found(list(group["params"]), [grad is not None for grad in own], names, params, states,
                                 [gamma_of(p) for p in params]))
-        check_disjoint({"params": [distributed.local(p) for own in found for p in own.params]}, {})
+        params = [p for own in found for p in own.params]
+        check_disjoint({"params": [distributed.local(p) for p in params]}, {})
+        self._is_sharded = any(map(distributed.is_dtensor, params))
         self._found, self._layout = found, importance.layout
         self._seen = [inner, inner.state, importance, *inner.state.values()]
 
