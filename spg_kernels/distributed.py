@@ -11,17 +11,17 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
+from .backends.plans import PLAIN
 
 PIECE = 1 << 16  # elements: what is float64 for a moment stays in the cache, whatever the size of a shard
 _TINY = torch.finfo(torch.float64).tiny
-_PLAIN = {Tensor, nn.Parameter}
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
+    return type(tensor) not in PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -29,13 +29,14 @@ def local(tensor: Tensor) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
-        return tensor.to_local()
+        shard = tensor.to_local()
+    return shard
 
 
 def local_lists(lists: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
     """A masked step's lists (params, grads, gammas, ...), for kernels: what this rank holds of every tensor."""
     params, grads, *others = lists
-    if set(map(type, params)) <= _PLAIN:
+    if set(map(type, params)) <= PLAIN:
         return lists
     # Kernels write to the shards, which autograd does not know of.
     torch.autograd.graph.increment_version(params)

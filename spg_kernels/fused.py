@@ -5,7 +5,7 @@ The wrapper can be taken off at any time: the state is what torch's own step wou
 """
 
 from collections.abc import Callable
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from . import distributed, ops
 from .importance import Importance
 from .memory import check_disjoint
-from .state import init_group
+from .state import init_group, same_objects
 
 
 def patched_step(inner: Optimizer) -> Callable | None:
@@ -83,8 +83,8 @@ class FusedStep:
 
     def _holds(self, inner: Optimizer, grads: list[list[Tensor | None]], importance: Importance) -> bool:
         return (self._layout == importance.layout and len(self._found) == len(inner.param_groups)
-                and _same([inner, inner.state, importance, *inner.state.values()], self._seen)
-                and all(_same(group["params"], found.group) and [grad is not None for grad in own] == found.has_grad
+                and same_objects([inner, inner.state, importance, *inner.state.values()], self._seen)
+                and all(same_objects(group["params"], found.group) and [grad is not None for grad in own] == found.has_grad
                         and _names(inner, group) == found.names and all(found.states)  # else emptied, to be set up anew
                         for group, found, own in zip(inner.param_groups, self._found, grads)))
 
@@ -111,11 +111,6 @@ def _names(inner: Optimizer, group: dict) -> tuple[str | None, ...]:
 
 
 _grad = attrgetter("grad")
-
-
-def _same(objects: list, others: list) -> bool:
-    """Whether two lists hold the same objects; == would compare tensors."""
-    return len(objects) == len(others) and all(map(is_, objects, others))
 
 
 def _sgd(inner: SGD, group: dict, found: _Found, grads: list[Tensor]) -> list[ops.Call]:

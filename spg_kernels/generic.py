@@ -26,7 +26,7 @@ def update_masked_step(step: Callable, closure: Callable | None, parameters: lis
     moving = [p for p in parameters if p.requires_grad or p.grad is not None or closure is not None]
     gammas = [distributed.local(gamma_of(p)) for p in moving]
     values = moving if tracked else _values(moving)
-    with torch.set_grad_enabled(tracked):
+    with torch.enable_grad():  # for what autograd follows; the rest is detached
         old = [p.clone() for p in values]
     if moving and not torch.compiler.is_compiling():
         # Whatever refuses must do so before the inner step changes its state.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .state import same_objects
+
 Fold = Callable[[Iterable[tuple[Tensor, Tensor]]], None]
 
 
@@ -207,10 +209,6 @@ class Interrupted:
 
     def finished(self, arguments: tuple, tensors: Sequence[Tensor]) -> int:
         """The losses folded in so far; 0 if the arguments are others, or any tensor was replaced or written since."""
-        if not (_are_the_same(arguments, self._arguments) and _are_the_same(tensors, [t for t, _ in self._versions])):
+        if not (same_objects(arguments, self._arguments) and same_objects(tensors, [t for t, _ in self._versions])):
             return 0
         return self._finished if all(t._version == version for t, version in self._versions) else 0
-
-
-def _are_the_same(objects: Sequence, others: Sequence) -> bool:
-    return len(objects) == len(others) and all(map(operator.is_, objects, others))

@@ -7,7 +7,8 @@ from operator import add, le
 import torch
 from torch import Tensor
 
-_PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere
+from .backends.plans import PLAIN
+
 _STRIDED = {torch.strided}
 _layout, _nbytes = Tensor.layout.__get__, Tensor.nbytes.__get__
 
@@ -22,7 +23,7 @@ def check_disjoint(written: dict[str, list[Tensor]], read: dict[str, list[Tensor
         TypeError: a written tensor that is not strided.
     """
     tensors = [*chain(*written.values()), *{id(t): t for t in chain(*read.values())}.values()]
-    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
+    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
         return
     if _STRIDED.issuperset(map(_layout, tensors)) and all(map(Tensor.is_contiguous, tensors)):
         # Disjoint intervals stay disjoint, and in order, when starts and ends are sorted apart. An empty tensor starts at 0.

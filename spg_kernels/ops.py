@@ -114,8 +114,9 @@ def _execute(op: str, lists: Lists, kwargs: dict, backend: str):
         return getattr(chosen, op)(plan.launch, addresses, lists, **kwargs)
     _check_memory(op, lists)
     if plan is None:
-        with torch.no_grad():
-            return getattr(reference, op)(*lists, **kwargs)
+        with torch.no_grad():  # returned outside: between a return in here and the end of it, Ctrl-C leaves no_grad on
+            result = getattr(reference, op)(*lists, **kwargs)
+        return result
     log.debug("%s: %d of %d tensors take the reference, the first (%d) because it %s",
               op, len(plan.refused), len(lists[0]), *plan.first_refusal())
     taken = [i for i in range(len(lists[0])) if i not in plan.refused]

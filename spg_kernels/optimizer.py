@@ -120,6 +120,8 @@ class SPGOptimizer(Optimizer):
         """Make every parameter of the groups that is no head known to the importance."""
         given = None if named is None else {id(parameter): name for name, parameter in named.items()}
         trunk: list[tuple[str, Tensor]] = []
+        taken: set[str] = set()
+        own = {id(p) for p in self._parameters()}
         for g, group in enumerate(self.inner.param_groups):
             for s, parameter in enumerate(group["params"]):
                 if id(parameter) in self._head_parameters:
@@ -130,16 +132,16 @@ class SPGOptimizer(Optimizer):
                 if given is not None:
                     name = given[id(parameter)]
                 elif (name := self.importance.name_of(parameter)) is None:
-                    name = group["param_names"][s] if "param_names" in group else self._slot_name(g, s, dict(trunk))
+                    name = group["param_names"][s] if "param_names" in group else self._slot_name(g, s, taken, own)
+                taken.add(name)
                 trunk.append((name, parameter))
         frozen = [] if named is None else [(name, parameter) for name, parameter in named.items() if name in self.importance
                                            and id(parameter) not in self._head_parameters]
         self.importance.attach(frozen + trunk)
 
-    def _slot_name(self, g: int, s: int, named: dict[str, Tensor]) -> str:
-        """"group.slot", with a later group where another parameter of this optimizer has that name from an earlier one."""
-        own = {id(p) for p in self._parameters()}
-        while f"{g}.{s}" in named or id(self.importance.parameter(f"{g}.{s}")) in own:
+    def _slot_name(self, g: int, s: int, taken: set[str], own: set[int]) -> str:
+        """"group.slot", with a later group where a parameter of this optimizer (`own`, by id) has that name already."""
+        while f"{g}.{s}" in taken or id(self.importance.parameter(f"{g}.{s}")) in own:
             g += 1
         return f"{g}.{s}"
 

@@ -5,7 +5,8 @@ listed there, and must not be written there: Adam sets its moments up only where
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import operator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,6 +78,11 @@ class _ParameterState(MutableMapping):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+def same_objects(objects: Sequence, others: Sequence) -> bool:
+    """Whether two sequences hold the same objects; == would compare tensors."""
+    return len(objects) == len(others) and all(map(operator.is_, objects, others))
 
 
 def without_importance(entry: object) -> object:

@@ -22,7 +22,7 @@ from .wrapping import equal, train, values, wrap
 
 ROOT = Path(__file__).parents[1]
 STRIDE = 5
-FILES = tuple(str(Path(spg_kernels.__file__).with_name(f"{name}.py")) for name in ("optimizer", "importance", "fused", "ops"))
+FILES = {str(path) for path in Path(spg_kernels.__file__).parent.rglob("*.py")}
 
 
 class Interrupt:
@@ -87,7 +87,7 @@ def test_a_step_interrupted_anywhere_leaves_every_tensor_before_or_after_it(inne
         optimizer.step()
         assert mask == "gradient" or equal(net.trunk[0].parameters(), before[:2]), "gamma = 1 moved"
 
-    # All moments (a stride of 1) pass as well, in a minute each.
+    # All moments (a stride of 1) pass as well, in up to half a minute each.
     assert interrupt_everywhere(lambda: masked(inner, mask, backend), lambda _, optimizer: optimizer.step(), check, STRIDE) > 30
 
 
@@ -124,7 +124,7 @@ def test_measuring_interrupted_anywhere_can_be_measured_again():
         optimizer.importance.mean()
         return net, optimizer
 
-    assert interrupt_everywhere(make_with_mean, measure, check, 3 * STRIDE) > 20
+    assert interrupt_everywhere(make_with_mean, measure, check, 3 * STRIDE) > 30
 
 
 class Failing(torch.optim.AdamW):

@@ -140,6 +140,16 @@ def protected(net: nn.Module, make, importance_dtype=torch.float32, **arguments)
     return opt
 
 
+def give_both_the_same_gradients(*pairs) -> None:
+    """A backward pass of each (network, optimizer) on one batch; the second network gets the first one's gradients."""
+    x = torch.randn(8, 3, 8, 8, device="cuda")
+    for model, opt in pairs:
+        opt.zero_grad()
+        model(x).backward()
+    for p, q in zip(*(model.parameters() for model, _ in pairs)):
+        q.grad.copy_(p.grad)
+
+
 def capturable(p, lr):
     return torch.optim.AdamW(p, lr=lr, weight_decay=0.1, capturable=True)
 
@@ -166,12 +176,7 @@ def test_an_optimizer_steps_as_the_reference_without_a_fallback(name, importance
     theirs = protected(twin, MAKERS[name], importance_dtype, mask=mask, backend="reference")
     with caplog.at_level("DEBUG", "spg_kernels"):
         for _ in range(5):
-            x = torch.randn(8, 3, 8, 8, device="cuda")
-            for model, opt in ((net, ours), (twin, theirs)):
-                opt.zero_grad()
-                model(x).backward()
-            for p, q in zip(net.parameters(), twin.parameters()):
-                q.grad.copy_(p.grad)
+            give_both_the_same_gradients((net, ours), (twin, theirs))
             ours.step()
             theirs.step()
     assert "generic" not in caplog.text and "reference" not in caplog.text
@@ -334,12 +339,7 @@ def test_a_compiled_step_does_not_recompile_from_call_to_call():
     other = protected(twin, lambda p: capturable(p, lr), backend="triton")
     step = torch.compile(opt.step)
     for turn in range(5):
-        x = torch.randn(8, 3, 8, 8, device="cuda")
-        for model, each in ((net, opt), (twin, other)):
-            each.zero_grad()
-            model(x).backward()
-        for p, q in zip(net.parameters(), twin.parameters()):
-            q.grad.copy_(p.grad)
+        give_both_the_same_gradients((net, opt), (twin, other))
         lr.fill_(1e-2 / (turn + 1))
         # The first call makes the state, which the second one finds.
         with torch._dynamo.config.patch(error_on_recompile=turn >= 2):

@@ -27,7 +27,7 @@ LISTS = {
 }
 Lists = tuple[list[Tensor], ...]
 STATES = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
-_PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere: DTensor, FakeTensor
+PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere: DTensor, FakeTensor
 _PLANS_PER_KEY = 16
 _KEYS = 32  # the number of tensors may be another in every step, where experts or heads take turns
 _ADDRESSES_PER_PLAN = 64
@@ -119,7 +119,7 @@ def _refusal(op: str, tensors: dict[str, Tensor], device_type: str) -> str | Non
     first = next(t for name, t in tensors.items() if name != "gammas")
     states = {t.dtype for name, t in tensors.items() if name in STATES}
     for name, tensor in tensors.items():
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in PLAIN:
             return f"has {name} of type {type(tensor).__name__}"
         if name == "state_steps":
             if tensor.device.type not in ("cpu", device_type) or tensor.dtype != torch.float32 or tensor.numel() != 1:
