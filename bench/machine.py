@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from spg_kernels.backends import native
+from spg_kernels.backends import library, native
 
 ROOT = Path(__file__).resolve().parent.parent
 _CACHES = Path("/sys/devices/system/cpu")
@@ -88,8 +88,8 @@ def _compiler(device_type: str) -> str:
     """What compiled the kernels: the compiler that signed the shared library, or the CUDA that torch was built with."""
     if device_type == "cuda":
         return f"CUDA {torch.version.cuda}"
-    library = native.LIBRARY.read_bytes() if native.LIBRARY.exists() else b""
-    signature = re.search(rb"(GCC: \([^)]*\)|clang version) [\d.]+", library)
+    built = library.LIBRARY.read_bytes() if library.LIBRARY.exists() else b""
+    signature = re.search(rb"(GCC: \([^)]*\)|clang version) [\d.]+", built)
     return signature[0].decode() if signature else "unknown"
 
 
@@ -117,7 +117,7 @@ def sources_digest(device_type: str) -> str:
 
 def library_is_stale() -> bool:
     """Whether csrc/ was changed after the shared library was built: its timings would carry the wrong stamp."""
-    return native.LIBRARY.exists() and any(path.stat().st_mtime > native.LIBRARY.stat().st_mtime
+    return library.LIBRARY.exists() and any(path.stat().st_mtime > library.LIBRARY.stat().st_mtime
                                            for path in (ROOT / "csrc").iterdir())
 
 

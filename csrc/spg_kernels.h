@@ -27,7 +27,7 @@ enum {
 // What the functions below return. A dtype is checked before anything is written.
 enum { SPG_OK = 0, SPG_OUT_OF_MEMORY = 1, SPG_BAD_DTYPE = 2 };
 
-SPG_API int32_t spg_abi_version(void);  // 1
+SPG_API int32_t spg_abi_version(void);  // 2
 SPG_API const char* spg_isa(void);      // "avx512", "avx2" or "baseline"; the environment's SPG_CPU_CAPABILITY caps it
 SPG_API int32_t spg_has_openmp(void);
 
@@ -63,6 +63,31 @@ SPG_API int32_t spg_masked_adamw(int64_t n, const int64_t* numel, const int32_t*
                                  void* const* max_exp_avg_sqs, float* const* steps, double lr, double beta1, double beta2,
                                  double eps, double weight_decay, int32_t decoupled, int32_t maximize,
                                  int32_t mask_gradient, int32_t threads);
+
+// Functions of the Python that runs, and its framework's, handed over so that the library is linked to neither.
+typedef struct {
+  intptr_t (*tuple_size)(void*);
+  void* (*tuple_item)(void*, intptr_t);
+  intptr_t (*list_size)(void*);
+  void* (*list_item)(void*, intptr_t);
+  void* (*type_of)(void*);                      // a new reference
+  void (*release)(void*);
+  void (*clear_error)(void);
+  int (*describe)(void* tensor, void* result);  // DLPack's dltensor_from_py_object_no_sync
+  void *tensor_type, *parameter_type;           // a subclass may keep its numbers elsewhere
+} SpgPython;
+
+// Both hold Python's lock. `lists` is a tuple of lists of tensors.
+// What the tensors are: device, dtype, shape and strides of each, one after the other. The number of words, or -1 where they
+// are more than capacity, or something is no list or no plain tensor with memory of its own.
+SPG_API int64_t spg_describe_tensors(const SpgPython* python, void* lists, int64_t* words, int64_t capacity);
+
+// 1, and the tensors' addresses, where all tensors are what the words say. The caller compares the numbers of tensors.
+SPG_API int32_t spg_locate_tensors(const SpgPython* python, void* lists, const int64_t* words, uint64_t* addresses);
+
+// The n floats at these addresses, such as step counts that live in a tensor each: read into values; one more for each.
+SPG_API void spg_read_floats(int64_t n, const float* const* at, float* values);
+SPG_API void spg_increment_floats(int64_t n, float* const* at);
 
 #ifdef __cplusplus
 }

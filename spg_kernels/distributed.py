@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends.plans import PLAIN
+from .backends.tensors import PLAIN
 
 PIECE = 1 << 16  # elements: what is float64 for a moment stays in the cache, whatever the size of a shard
 _TINY = torch.finfo(torch.float64).tiny

@@ -7,7 +7,7 @@ from operator import add, le
 import torch
 from torch import Tensor
 
-from .backends.plans import PLAIN
+from .backends.tensors import PLAIN
 
 _STRIDED = {torch.strided}
 _layout, _nbytes = Tensor.layout.__get__, Tensor.nbytes.__get__

@@ -13,6 +13,7 @@ Every operator works on lists of tensors, one call for a whole model, in place, 
 import functools
 import importlib
 import logging
+from array import array
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import reference
-from .backends.plans import LISTS, Lists, Plan, addresses_of
+from .backends.plans import LISTS, Plan
+from .backends.tensors import Lists
 from .checks import CHECKS, GAMMA_DTYPES, MASKS, check_floating, check_mask  # noqa: F401
 from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
@@ -80,24 +82,24 @@ def resolve(backend: str, device_type: str) -> ModuleType:
     return backend_module(backend)
 
 
-def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None]:
-    """The backend that will run `op`, with its plan for these tensors; the reference needs none.
+def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None, array | None]:
+    """The backend that will run `op`, with its plan for these tensors and their addresses; the reference needs none.
 
     Raises:
         ValueError, TypeError: lists that do not match. BackendError: a backend asked for by name cannot take some tensor.
     """
     chosen = resolve(backend, lists[0][0].device.type)
-    plan = None if chosen is reference else chosen.PLANS.known(op, lists)
-    if plan is None:  # or the tensors are like some that have passed
-        CHECKS[op](*lists)
+    if chosen is not reference and (known := chosen.PLANS.known(op, lists)):
+        return chosen, *known
+    CHECKS[op](*lists)  # what is like some tensors that have passed passes
     if chosen is reference:
-        return reference, None
-    plan = plan or chosen.PLANS.make(op, lists)
+        return reference, None, None
+    plan, addresses = chosen.PLANS.make(op, lists)
     if plan.refused and backend != "auto":
         _check_memory(op, lists)  # what no backend can take is an error of its own
         index, reason = plan.first_refusal()
         raise BackendError(f"backend {backend!r}, {op}: tensor {index} of {len(lists[0])} {reason}")
-    return chosen, plan
+    return chosen, plan, addresses
 
 
 def _execute(op: str, lists: Lists, kwargs: dict, backend: str):
@@ -105,9 +107,8 @@ def _execute(op: str, lists: Lists, kwargs: dict, backend: str):
     if not lists[0]:
         CHECKS[op](*lists)
         return reference.accumulate_importance_([], []) if op == "accumulate_importance_" else None
-    chosen, plan = choose(op, lists, backend)
-    if plan and not plan.refused:
-        addresses = addresses_of(lists)
+    chosen, plan, addresses = choose(op, lists, backend)
+    if addresses is not None:
         if not plan.is_disjoint(addresses):
             _check_memory(op, lists)
             plan.remember_disjoint(addresses)
@@ -200,14 +201,14 @@ def try_calls(calls: list[Call], common: dict, backend: str) -> bool:
         chosen = resolve(backend, lists[0][0].device.type)
         if chosen is reference:
             return False
-        plan = chosen.PLANS.known(op, lists) or chosen.PLANS.make(op, lists)
-        if plan.refused:
+        plan, addresses = chosen.PLANS.known(op, lists) or chosen.PLANS.make(op, lists)
+        if addresses is None:
             index, reason = plan.first_refusal()
             log.debug("%s: the generic step instead, because tensor %d of %d %s", op, index, len(lists[0]), reason)
             return False
-        ready.append((getattr(chosen, op), plan.launch, lists, settings))
-    for run, launch, lists, settings in ready:
-        run(launch, addresses_of(lists), lists, **settings, **common)
+        ready.append((getattr(chosen, op), plan.launch, addresses, lists, settings))
+    for run, launch, addresses, lists, settings in ready:
+        run(launch, addresses, lists, **settings, **common)
         # Of what a step writes, a graph can only have saved the parameters.
         torch.autograd.graph.increment_version(lists[0])
     return True

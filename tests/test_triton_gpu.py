@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(ops.why_unavailable("triton") is not None or not torch.cuda.is_available(),
                                                   reason=f"Triton has no GPU here: {ops.why_unavailable('triton')}")]
 
-from spg_kernels.backends.plans import addresses_of  # noqa: E402
+from spg_kernels.backends.tensors import addresses_of  # noqa: E402
 from spg_kernels.backends.triton import elementwise, launch, plans, steps  # noqa: E402
 
 NAMES = {"ids": lambda x: x if isinstance(x, str) else ""}
@@ -84,7 +84,7 @@ def test_misaligned_views_give_the_bits_of_aligned_tensors(op, settings):
     lists = on_gpu(inputs(op, torch.float32, torch.float32, "8-bit", [(n,) for n in (5, 1024, 90000, 2049, 4096)]))
     shifted = tuple([torch.cat([t.new_zeros(1), t])[1:] if t.dim() and i % 2 else t.clone() for i, t in enumerate(tensors)]
                     for tensors in lists)
-    assert {piece.aligned for piece in plans.PLANS.make(op, shifted).launch.pieces(addresses_of(shifted))} == {True, False}
+    assert {piece.aligned for piece in plans.PLANS.make(op, shifted)[0].launch.pieces(addresses_of(shifted))} == {True, False}
     for arguments in (lists, shifted):
         run(op, arguments, settings_on_gpu(settings))
     assert equal(lists, shifted)

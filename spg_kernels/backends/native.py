@@ -3,33 +3,21 @@
 Every call passes addresses; what C++ assumes about the memory behind them is checked when a plan is made.
 """
 
-import ctypes
-import functools
 import itertools
 from array import array
-from ctypes import c_double, c_int32, c_int64, c_void_p
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .plans import Lists, Plans, is_one_value
+from . import library
+from .plans import Plans, is_one_value
+from .tensors import Lists
 
 DEVICE_TYPES = ("cpu",)
-ABI_VERSION = 1
-LIBRARY = Path(__file__).with_name("libspg_kernels.so")
-
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _ONE_VALUE = 4  # the code of a gamma that is one float32 for the whole tensor
 
-_SIGNATURES = {
-    "spg_accumulate_importance": [c_int64] + [c_void_p] * 6 + [c_int32],
-    "spg_soft_mask": [c_int64] + [c_void_p] * 5 + [c_int32],
-    "spg_update_mask": [c_int64] + [c_void_p] * 6 + [c_int32],
-    "spg_masked_sgd": [c_int64] + [c_void_p] * 8 + [c_double] * 4 + [c_int32] * 5,
-    "spg_masked_adamw": [c_int64] + [c_void_p] * 11 + [c_double] * 5 + [c_int32] * 4,
-}
-# What they take between the sizes and the scalars: a list's dtype codes, or its addresses.
+# What the functions take between the sizes and the scalars: a list's dtype codes, or its addresses.
 _ARGUMENTS = {
     "accumulate_importance_": ("gammas:code", "gammas", "grads:code", "grads"),
     "soft_mask_": ("grads:code", "grads", "gammas:code", "gammas"),
@@ -40,40 +28,22 @@ _ARGUMENTS = {
 }
 
 
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """(the library, None) or (None, why not). After `import torch` it shares torch's OpenMP threads: one libgomp.so.1."""
-    if not LIBRARY.exists():
-        return None, f"{LIBRARY.name} was not built; install the package with a C++ compiler at hand (pip install .)"
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return None, f"{LIBRARY.name} does not load: {error}"
-    if library.spg_abi_version() != ABI_VERSION:
-        return None, f"{LIBRARY.name} is of another version; reinstall the package"
-    for name, argtypes in _SIGNATURES.items():
-        getattr(library, name).argtypes = argtypes
-        getattr(library, name).restype = c_int32
-    library.spg_isa.restype = ctypes.c_char_p
-    return library, None
-
-
 def unavailable() -> str | None:
-    return _load()[1]
+    return library.load()[1]
 
 
 def describe() -> str:
     """Instruction set and threads, for `python -m spg_kernels`."""
-    library = _load()[0]
-    threads = f"{torch.get_num_threads()} OpenMP threads" if library.spg_has_openmp() else "one thread (built without OpenMP)"
-    return f"{library.spg_isa().decode()}, {threads}"
+    functions = library.load()[0]
+    threads = f"{torch.get_num_threads()} OpenMP threads" if functions.spg_has_openmp() else "one thread (built without OpenMP)"
+    return f"{functions.spg_isa().decode()}, {threads}"
 
 
 class _Launch:
     """A call of one C++ function: what it is told of the tensors besides their addresses, and where those stand."""
 
     def __init__(self, op: str, named: dict[str, list[Tensor]]):
-        self._function = getattr(_load()[0], f"spg_{op[:-1]}")
+        self._function = getattr(library.load()[0], f"spg_{op[:-1]}")
         self._numel = array("q", [t.numel() for t in next(iter(named.values()))])
         self._codes = {name: array("i", [_ONE_VALUE if name == "gammas" and is_one_value(op, t) else _CODES[t.dtype]
                                          for t in tensors]) for name, tensors in named.items()}

@@ -1,10 +1,8 @@
 """What the tensors of a call are, and which of them a backend cannot take.
 
-Looking at every tensor's type, dtype, device and strides from Python costs more than a step, so the answer is kept with a
-guard that compares all of it in one call into torch's C++. Addresses are no part of it: they are read in every call.
+The answer is kept, and serves for as long as the tensors are alike in all but their addresses, which every call reads anew.
 """
 
-import itertools
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:  # what torch.compile checks its inputs with; not public, so its absence only costs time
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None
+from .tensors import PLAIN, Lists, addresses_of, locator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LISTS = {
@@ -25,9 +20,7 @@ LISTS = {
     "masked_sgd_": ("params", "grads", "gammas", "momentum_buffers"),
     "masked_adamw_": ("params", "grads", "gammas", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
 }
-Lists = tuple[list[Tensor], ...]
 STATES = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
-PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere: DTensor, FakeTensor
 _PLANS_PER_KEY = 16
 _KEYS = 32  # the number of tensors may be another in every step, where experts or heads take turns
 _ADDRESSES_PER_PLAN = 64
@@ -43,9 +36,18 @@ class Plan:
                    for i in range(len(lists[0])))
         self.refused: dict[int, str] = {i: reason for i, reason in reasons if reason}
         self.launch: Any = None if self.refused else build(op, named)
-        # Whether other tensors are like these; no reference to a tensor stays.
-        self.holds = None if self.refused else _guard(list(itertools.chain(*lists)))
+        self._locate = None if self.refused else locator(lists)
+        # Only an imaginary part is a negated view: every second element, so it lies densely where there is only one.
+        self._may_be_negated = [(k, i) for k, tensors in enumerate(lists) if LISTS[op][k] != "state_steps"
+                                for i, tensor in enumerate(tensors) if tensor.numel() == 1]
         self._disjoint_at: set[bytes] = set()
+
+    def locate(self, lists: Lists) -> array | None:
+        """The addresses of tensors that this plan holds for: those like its own in all but addresses and numbers. Else None."""
+        addresses = self._locate(lists)
+        if addresses is None or any(lists[k][i].is_neg() for k, i in self._may_be_negated):
+            return None
+        return addresses
 
     def is_disjoint(self, addresses: array) -> bool:
         """Whether tensors like these, at these addresses, are known to share no memory with what the call writes."""
@@ -68,51 +70,29 @@ class Plans:
         self.build = build
         self._plans: dict[tuple, list[Plan]] = {}
 
-    def known(self, op: str, lists: Lists) -> Plan | None:
-        """The plan of an earlier call whose tensors were like these in all but their addresses and numbers."""
-        tensors = list(itertools.chain(*lists))
-        return next((plan for plan in self._plans.get((op, *map(len, lists)), ()) if plan.holds(tensors)), None)
+    def known(self, op: str, lists: Lists) -> tuple[Plan, array] | None:
+        """The plan of an earlier call whose tensors were like these, and these tensors' addresses."""
+        for plan in self._plans.get((op, *map(len, lists)), ()):
+            if (addresses := plan.locate(lists)) is not None:
+                return plan, addresses
+        return None
 
-    def make(self, op: str, lists: Lists) -> Plan:
-        """A plan for these tensors, of which none is known; `known` from now on, unless it refuses some."""
+    def make(self, op: str, lists: Lists) -> tuple[Plan, array | None]:
+        """A plan for these tensors, of which none is known, and their addresses; without those if it refuses some tensor."""
         plan = Plan(op, lists, self.device_type, self.build)
-        if not plan.refused:
-            known = self._plans.setdefault((op, *map(len, lists)), [])
-            known.insert(0, plan)
-            del known[_PLANS_PER_KEY:]
-            while len(self._plans) > _KEYS:
-                self._plans.pop(next(iter(self._plans)), None)
-        return plan
-
-
-def addresses_of(lists: Lists) -> array:
-    """The addresses of all tensors of a call, list after list."""
-    return array("Q", list(map(Tensor.data_ptr, itertools.chain(*lists))))  # a list's length is known: a sixth faster
+        if plan.refused:
+            return plan, None
+        known = self._plans.setdefault((op, *map(len, lists)), [])
+        known.insert(0, plan)
+        del known[_PLANS_PER_KEY:]
+        while len(self._plans) > _KEYS:
+            self._plans.pop(next(iter(self._plans)), None)
+        return plan, addresses_of(lists)
 
 
 def is_one_value(op: str, gamma: Tensor) -> bool:
     """Whether a gamma is one value for a whole tensor. Where importance is folded in, it is a tensor of one element."""
     return op != "accumulate_importance_" and gamma.dim() == 0 and gamma.dtype == torch.float32
-
-
-def _guard(tensors: list[Tensor]) -> Callable[[list[Tensor]], bool]:
-    """A function that says whether tensors have the types, dtypes, devices, shapes and strides of these."""
-    if TensorGuards is None:
-        described = _describe(tensors)
-        return lambda others: _describe(others) == described
-    # It says no to a tensor that comes twice, as the heads' one gamma does: repeats are held to the place they repeat.
-    first: dict[int, int] = {}
-    repeats = [(i, first[id(t)]) for i, t in enumerate(tensors) if first.setdefault(id(t), i) != i]
-    kept = list(first.values())
-    guards = TensorGuards(*(tensors[i] for i in kept), dynamic_dims_sizes=[list(tensors[i].shape) for i in kept],
-                          dynamic_dims_strides=[list(tensors[i].stride()) for i in kept])
-    if not repeats:
-        return lambda others: guards.check(*others)
-    return lambda others: all([others[i] is others[j] for i, j in repeats]) and guards.check(*[others[i] for i in kept])
-
-
-def _describe(tensors: list[Tensor]) -> list[tuple]:
-    return [(type(t), t.layout, t.layout == torch.strided and (t.dtype, t.device, t.shape, t.stride())) for t in tensors]
 
 
 def _refusal(op: str, tensors: dict[str, Tensor], device_type: str) -> str | None:

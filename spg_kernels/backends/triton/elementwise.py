@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plans import Lists
+from ..tensors import Lists
 from . import launch, plans
 
 CHUNK = 16384

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plans import Lists
+from ..tensors import Lists
 from . import launch, plans
 
 # What a work item asks for; the host builds items as tile << 32 | tensor << 2 | kind.

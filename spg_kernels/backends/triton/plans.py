@@ -20,6 +20,16 @@ _ALIGNMENT = 16  # bytes, of the widest load
 _ADDRESSES = 16  # sets of addresses to remember: a training loop sees few
 
 
+class Words(tuple):
+    """Whole numbers that a table on the device is found by, hashed once: a tuple hashes every element in every look-up."""
+
+    def __init__(self, _):
+        self._hash = super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 class Group(NamedTuple):
     """Tensors of one device and of the same dtypes. `one_value`: the positions, in the group, of gammas that are one value."""
 
@@ -39,8 +49,8 @@ class Piece(NamedTuple):
     group: Group
     indices: tuple[int, ...]  # in the call
     aligned: bool
-    columns: tuple[tuple[int, ...], ...]
-    sizes: tuple[int, ...]
+    columns: tuple[Words, ...]
+    sizes: Words
     one_value: tuple[int, ...]
 
 
@@ -76,8 +86,8 @@ class Launches:
                         if column and not (c == self.gammas and k in group.one_value)]
                 parts.setdefault(functools.reduce(operator.or_, wide) % _ALIGNMENT == 0, []).append(k)
             found += [Piece(group, tuple(group.indices[k] for k in part), aligned,
-                            tuple(tuple(column[k] for k in part) if column else () for column in own),
-                            tuple(group.sizes[k] for k in part),
+                            tuple(Words(column[k] for k in part if column) for column in own),
+                            Words(group.sizes[k] for k in part),
                             tuple(j for j, k in enumerate(part) if k in group.one_value))
                       for aligned, part in parts.items()]
         return found

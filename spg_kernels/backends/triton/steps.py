@@ -4,8 +4,6 @@ Whatever changes from step to step is a plain argument or is read from the devic
 and a captured graph follows a learning rate and step counts that live on the device.
 """
 
-import ctypes
-import functools
 import math
 from array import array
 
@@ -14,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plans import Lists
-from . import launch, plans
+from ..tensors import Lists
+from . import counts, launch, plans
 from .elementwise import ELEMENT, address, blend, keep_table, load, load_keep, locate, one_value_keep, scale, store, vector
 
 CHUNK = 8192
@@ -196,9 +194,9 @@ def masked_adamw_(launches: plans.Launches, addresses: array, lists: Lists, *, l
         with launch.on(group.device):
             place = launch.here(group.device)
             chunks, items = launch.chunks(place, piece.sizes, CHUNK, piece.one_value)
-            counts = _host_counts(place, piece.columns[-1]) if group.steps_on_host else ()
+            before = counts.read(place, piece.columns[-1]) if group.steps_on_host else None
             if items:
-                steps, ahead = _apart(place, counts) if counts else (launch.table(place, piece.columns[-1]), 1.0)
+                steps, ahead = counts.apart(place, before) if before else (launch.table(place, piece.columns[-1]), 1.0)
                 rate, lr_on_device = _rate(lr, group.device)
                 width = vector(group.dtype, group.gamma, group.state)
                 tables = [launch.table(place, column) for column in piece.columns[:-1]]
@@ -209,8 +207,8 @@ def masked_adamw_(launches: plans.Launches, addresses: array, lists: Lists, *, l
                     group.steps_on_host, bool(decoupled), bool(max_exp_avg_sqs), mask == "gradient", piece.aligned, width,
                     launch.THREADS * width, num_warps=launch.warps(group.device), enable_fp_fusion=launch.FP_FUSION)
         # The kernel took the step ahead: whatever raises above leaves the counts as they were.
-        for count, value in zip(_host_floats(piece.columns[-1]) if counts else (), counts):
-            count.value = value + 1
+        if before:
+            counts.increment(piece.columns[-1])
     for group in launches.groups:
         if not group.steps_on_host:
             torch._foreach_add_([state_steps[i] for i in group.indices], 1.0)
@@ -218,25 +216,3 @@ def masked_adamw_(launches: plans.Launches, addresses: array, lists: Lists, *, l
 
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
-
-
-def _host_counts(place: launch.Place, addresses: tuple[int, ...]) -> list[float]:
-    if place.capturing:
-        raise RuntimeError("spg_kernels: step counts on the CPU would be frozen into the CUDA graph; build the inner "
-                           "optimizer with capturable=True")
-    return [count.value for count in _host_floats(addresses)]
-
-
-@functools.lru_cache(maxsize=64)
-def _host_floats(addresses: tuple[int, ...]) -> tuple[ctypes.c_float, ...]:
-    """The floats at these addresses. To read and write them through torch would take longer than all the rest of a step."""
-    return tuple(map(ctypes.c_float.from_address, addresses))
-
-
-def _apart(place: launch.Place, counts: list[float]) -> tuple[Tensor, float]:
-    """(each step count relative to the first, the first after this step), the counts of tensors on the CPU.
-
-    Counts advance together, so the differences stay in the cache and only a plain argument changes from step to step.
-    """
-    apart = (0.0,) * len(counts) if counts.count(counts[0]) == len(counts) else tuple(count - counts[0] for count in counts)
-    return launch.cached(place, ("steps", apart), lambda: torch.tensor(apart, dtype=torch.float32, device="cpu")), counts[0] + 1

@@ -1,0 +1,36 @@
+"""`csrc/` as a plain shared library, through ctypes."""
+
+import ctypes
+import functools
+from ctypes import c_double, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+ABI_VERSION = 2
+LIBRARY = Path(__file__).with_name("libspg_kernels.so")
+_SIGNATURES = {
+    "spg_accumulate_importance": [c_int64] + [c_void_p] * 6 + [c_int32],
+    "spg_soft_mask": [c_int64] + [c_void_p] * 5 + [c_int32],
+    "spg_update_mask": [c_int64] + [c_void_p] * 6 + [c_int32],
+    "spg_masked_sgd": [c_int64] + [c_void_p] * 8 + [c_double] * 4 + [c_int32] * 5,
+    "spg_masked_adamw": [c_int64] + [c_void_p] * 11 + [c_double] * 5 + [c_int32] * 4,
+    "spg_read_floats": [c_int64, c_void_p, c_void_p],
+    "spg_increment_floats": [c_int64, c_void_p],
+}
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str | None]:
+    """(the library, None) or (None, why not). After `import torch` it shares torch's OpenMP threads: one libgomp.so.1."""
+    if not LIBRARY.exists():
+        return None, f"{LIBRARY.name} was not built; install the package with a C++ compiler at hand (pip install .)"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"{LIBRARY.name} does not load: {error}"
+    if library.spg_abi_version() != ABI_VERSION:
+        return None, f"{LIBRARY.name} is of another version; reinstall the package"
+    for name, argtypes in _SIGNATURES.items():
+        getattr(library, name).argtypes = argtypes
+        getattr(library, name).restype = c_int32
+    library.spg_isa.restype = ctypes.c_char_p
+    return library, None

@@ -1,0 +1,119 @@
+"""What the tensors of a call are, and where they lie.
+
+To ask every tensor from Python costs more than a step. One call into C++ asks them all: through the functions that DLPack has
+torch offer, or, before torch 2.10 and where `csrc/` was not built, with a guard of torch's compiler and an address at a time.
+"""
+
+import ctypes
+import functools
+import itertools
+from array import array
+from collections.abc import Callable
+from ctypes import c_int32, c_int64, c_void_p, py_object
+
+import torch
+from torch import Tensor
+
+from . import library
+
+try:  # what torch.compile checks its inputs with; not public, so its absence only costs time
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None
+
+Lists = tuple[list[Tensor], ...]
+PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere: DTensor, FakeTensor
+_WORDS = 3  # of a tensor's description, besides two for each dimension
+
+
+class _Python(ctypes.Structure):
+    """`SpgPython` of csrc/spg_kernels.h."""
+
+    _fields_ = [(name, c_void_p) for name in ("tuple_size", "tuple_item", "list_size", "list_item", "type_of", "release",
+                                              "clear_error", "describe", "tensor_type", "parameter_type")]
+
+
+class _Exchange(ctypes.Structure):
+    """DLPackExchangeAPI, version 1, as far as it is needed."""
+
+    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("previous", c_void_p), ("allocate", c_void_p),
+                ("export", c_void_p), ("take", c_void_p), ("describe", c_void_p)]
+
+
+def addresses_of(lists: Lists) -> array:
+    """The addresses of all tensors of a call, list after list."""
+    return array("Q", list(map(Tensor.data_ptr, itertools.chain(*lists))))  # a list's length is known: a sixth faster
+
+
+@functools.cache
+def _functions() -> tuple[ctypes.PyDLL, _Python] | None:
+    """The library, called with Python's lock held, and what it needs to look into Python's tensors; None without either."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None or library.load()[0] is None:
+        return None
+    python = ctypes.pythonapi
+    python.PyCapsule_GetPointer.restype, python.PyCapsule_GetPointer.argtypes = c_void_p, [py_object, ctypes.c_char_p]
+    exchange = _Exchange.from_address(python.PyCapsule_GetPointer(capsule, b"dlpack_exchange_api"))
+    if exchange.major != 1 or not exchange.describe:
+        return None
+    names = ("PyTuple_Size", "PyTuple_GetItem", "PyList_Size", "PyList_GetItem", "PyObject_Type", "Py_DecRef", "PyErr_Clear")
+    functions = [ctypes.cast(getattr(python, name), c_void_p).value for name in names]
+    held = ctypes.PyDLL(str(library.LIBRARY))
+    held.spg_describe_tensors.argtypes, held.spg_describe_tensors.restype = [c_void_p, py_object, c_void_p, c_int64], c_int64
+    held.spg_locate_tensors.argtypes, held.spg_locate_tensors.restype = [c_void_p, py_object, c_void_p, c_void_p], c_int32
+    return held, _Python(*functions, exchange.describe, id(Tensor), id(torch.nn.Parameter))
+
+
+class _Described:
+    """What some tensors are, to find others like them by."""
+
+    def __init__(self, lists: Lists, held: ctypes.PyDLL, python: _Python):
+        self._locate = held.spg_locate_tensors
+        self._python = ctypes.addressof(python)
+        self._lengths = list(map(len, lists))
+        self._addresses = array("Q", [0]) * sum(self._lengths)
+        self._words = array("q", [0]) * sum(_WORDS + 2 * tensor.dim() for tensors in lists for tensor in tensors)
+        self._known = self._words.buffer_info()[0]
+        self.whole = held.spg_describe_tensors(self._python, lists, self._known, len(self._words)) == len(self._words)
+
+    def __call__(self, lists: Lists) -> array | None:
+        if list(map(len, lists)) != self._lengths:
+            return None
+        addresses = self._addresses[:]
+        return addresses if self._locate(self._python, lists, self._known, addresses.buffer_info()[0]) else None
+
+
+def locator(lists: Lists) -> Callable[[Lists], array | None]:
+    """A function that gives the addresses of tensors of the same dtypes, devices, shapes and strides as these, in lists as
+    long; None for others. It keeps no reference to a tensor. Negated views are not always told from others.
+    """
+    functions = _functions()
+    described = None if functions is None else _Described(lists, *functions)
+    return described if described is not None and described.whole else _by_guard(lists)
+
+
+def _by_guard(lists: Lists) -> Callable[[Lists], array | None]:
+    holds = _guard(list(itertools.chain(*lists)))
+    lengths = list(map(len, lists))
+    return lambda others: (addresses_of(others) if list(map(len, others)) == lengths and holds(list(itertools.chain(*others)))
+                           else None)
+
+
+def _guard(tensors: list[Tensor]) -> Callable[[list[Tensor]], bool]:
+    """A function that says whether tensors have the types, dtypes, devices, shapes and strides of these."""
+    if TensorGuards is None:
+        described = _describe(tensors)
+        return lambda others: _describe(others) == described
+    # It says no to a tensor that comes twice, as the heads' one gamma does: repeats are held to the place they repeat.
+    first: dict[int, int] = {}
+    repeats = [(i, first[id(t)]) for i, t in enumerate(tensors) if first.setdefault(id(t), i) != i]
+    kept = list(first.values())
+    guards = TensorGuards(*(tensors[i] for i in kept), dynamic_dims_sizes=[list(tensors[i].shape) for i in kept],
+                          dynamic_dims_strides=[list(tensors[i].stride()) for i in kept])
+    if not repeats:
+        return lambda others: guards.check(*others)
+    return lambda others: all([others[i] is others[j] for i, j in repeats]) and guards.check(*[others[i] for i in kept])
+
+
+def _describe(tensors: list[Tensor]) -> list[tuple]:
+    return [(type(t), t.layout, t.layout == torch.strided and (t.dtype, t.device, t.shape, t.stride())) for t in tensors]
