@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import fused, generic, ops
+from .files import check_tasks
 from .importance import Importance
 from .measuring import Interrupted, measure
-from .state import KEY, State, initialize, recover_codes, without_importance
+from .state import KEY, TASKS, State, initialize, recover_codes, without_importance
 
 
 class SPGOptimizer(Optimizer):
@@ -262,7 +263,8 @@ class SPGOptimizer(Optimizer):
     # Checkpoints
 
     def state_dict(self) -> dict:
-        """The inner optimizer's, with `state[i]["spg_importance"]` added for every parameter: gamma as stored, for a head 0.
+        """The inner optimizer's, with `state[i]["spg_importance"]` added for every parameter: gamma as stored, for a head 0;
+        and with "spg_tasks", the number of tasks so far.
 
         A plain optimizer loads it, and `load_state_dict` takes a plain optimizer's. The inner state is initialized first
         where it is not yet: torch's optimizers take a state that holds anything for one that holds everything.
@@ -276,6 +278,7 @@ class SPGOptimizer(Optimizer):
                             "importance into: save it and opt.importance.state_dict() side by side")
         state_dict["state"] = {**state_dict["state"], **{
             i: {**state_dict["state"].get(i, {}), KEY: self._stored_gamma(p)} for i, p in self._by_key(state_dict).items()}}
+        state_dict[TASKS] = self.importance.tasks
         for hook in self._optimizer_state_dict_post_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -326,15 +329,26 @@ class SPGOptimizer(Optimizer):
                 del inner_state[i]  # it held the importance alone
         gammas = recover_codes(gammas)
         self.importance.check(gammas)
+        tasks = state_dict.get(TASKS, self.importance.tasks)
+        check_tasks(tasks)
         before = self.inner.state, self.inner.param_groups  # which torch's optimizers replace, not change
         try:
-            self.inner.load_state_dict({**state_dict, "state": inner_state})
+            self.inner.load_state_dict({**{key: value for key, value in state_dict.items() if key != TASKS}, "state": inner_state})
         except BaseException:
             self.inner.state, self.inner.param_groups = before
             raise
         self.importance.store(gammas)
+        self.importance.tasks = tasks
+        if gammas:
+            self._warn_of_missing(gammas)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def _warn_of_missing(self, gammas: Mapping[str, Tensor]) -> None:
+        names = [self.importance.name_of(p) for p in self._parameters() if p.requires_grad]
+        if missing := [name for name in names if name is not None and name not in gammas]:
+            warnings.warn(f"state_dict: it has an importance for other parameters but none for {', '.join(missing)}; theirs stays "
+                          "what it was", stacklevel=3)
 
     def __getstate__(self) -> dict:
         # As torch's own: no hooks, and no step that a scheduler patched onto this object.

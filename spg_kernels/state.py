@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 KEY = "spg_importance"  # of a parameter's gamma in its state and in the state dict
+TASKS = "spg_tasks"  # of the number of tasks so far, in the state dict beside "state"
 
 
 class State(MutableMapping):

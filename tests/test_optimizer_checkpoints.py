@@ -150,3 +150,29 @@ def test_the_migration_of_the_readme_both_ways(net, inner, tmp_path):
     back = INNER[inner](model.parameters())
     back.load_state_dict(torch.load(tmp_path / "wrapped.pt", weights_only=True))
     assert train(model, back) == train(net, plain) and equal(values(model), values(net))
+
+
+@pytest.mark.dropin(line=13)
+def test_the_number_of_tasks_travels_with_the_state_dict(net):
+    optimizer, fresh = wrap(net, "AdamW", 0.25), wrap(net, "AdamW")
+    optimizer.importance.tasks = 3
+    plain = INNER["AdamW"](net.parameters())
+    plain.load_state_dict(optimizer.state_dict())
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.importance.tasks == 3
+    fresh.load_state_dict(plain.state_dict())
+    assert fresh.importance.tasks == 3, "a plain optimizer's state says nothing of tasks"
+    before = values(net)
+    for wrong in (-1, "3", None, 1.0):
+        with pytest.raises(ValueError, match="tasks"):
+            fresh.load_state_dict({**optimizer.state_dict(), "spg_tasks": wrong})
+    assert fresh.importance.tasks == 3 and equal(values(net), before)
+
+
+def test_an_importance_for_only_some_parameters_is_loaded_with_a_warning(net):
+    optimizer, fresh = wrap(net, "SGD", 0.25), wrap(net, "SGD")
+    state = optimizer.state_dict()
+    del state["state"][1]
+    with pytest.warns(UserWarning, match="none for trunk.0.bias; theirs stays"):
+        fresh.load_state_dict(state)
+    assert (fresh.importance["trunk.0.weight"] == 0.25).all() and not fresh.importance["trunk.0.bias"].any()
