@@ -27,7 +27,7 @@ enum {
 // What the functions below return. A dtype is checked before anything is written.
 enum { SPG_OK = 0, SPG_OUT_OF_MEMORY = 1, SPG_BAD_DTYPE = 2 };
 
-SPG_API int32_t spg_abi_version(void);  // 1
+SPG_API int32_t spg_abi_version(void);  // 2
 SPG_API const char* spg_isa(void);      // "avx512", "avx2" or "baseline"; the environment's SPG_CPU_CAPABILITY caps it
 SPG_API int32_t spg_has_openmp(void);
 
@@ -48,11 +48,11 @@ SPG_API int32_t spg_update_mask(int64_t n, const int64_t* numel, const int32_t* 
 
 // torch.optim.SGD with the mask in the same pass, on the update or (mask_gradient) on the gradient. State is the plain
 // optimizer's. dtype is the parameters' and the gradients'; state_dtype is that or float32. momentum_buffers may be NULL
-// when momentum is 0.
+// when momentum is 0. Gradients are multiplied by grad_factor before anything else: 1, or -1 to maximize, over the loss scale.
 SPG_API int32_t spg_masked_sgd(int64_t n, const int64_t* numel, const int32_t* dtype, void* const* params,
                                const void* const* grads, const int32_t* gamma_dtype, const void* const* gammas,
                                const int32_t* state_dtype, void* const* momentum_buffers, double lr, double momentum,
-                               double dampening, double weight_decay, int32_t nesterov, int32_t maximize,
+                               double dampening, double weight_decay, double grad_factor, int32_t nesterov,
                                int32_t is_first_step, int32_t mask_gradient, int32_t threads);
 
 // torch.optim.AdamW (decoupled) or Adam, the same way. steps[i] is one float32, incremented here first.
@@ -61,7 +61,7 @@ SPG_API int32_t spg_masked_adamw(int64_t n, const int64_t* numel, const int32_t*
                                  const void* const* grads, const int32_t* gamma_dtype, const void* const* gammas,
                                  const int32_t* state_dtype, void* const* exp_avgs, void* const* exp_avg_sqs,
                                  void* const* max_exp_avg_sqs, float* const* steps, double lr, double beta1, double beta2,
-                                 double eps, double weight_decay, int32_t decoupled, int32_t maximize,
+                                 double eps, double weight_decay, double grad_factor, int32_t decoupled,
                                  int32_t mask_gradient, int32_t threads);
 
 #ifdef __cplusplus

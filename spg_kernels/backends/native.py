@@ -16,7 +16,7 @@ from torch import Tensor
 from .plans import Lists, Plans, is_one_value
 
 DEVICE_TYPES = ("cpu",)
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY = Path(__file__).with_name("libspg_kernels.so")
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -26,8 +26,8 @@ _SIGNATURES = {
     "spg_accumulate_importance": [c_int64] + [c_void_p] * 6 + [c_int32],
     "spg_soft_mask": [c_int64] + [c_void_p] * 5 + [c_int32],
     "spg_update_mask": [c_int64] + [c_void_p] * 6 + [c_int32],
-    "spg_masked_sgd": [c_int64] + [c_void_p] * 8 + [c_double] * 4 + [c_int32] * 5,
-    "spg_masked_adamw": [c_int64] + [c_void_p] * 11 + [c_double] * 5 + [c_int32] * 4,
+    "spg_masked_sgd": [c_int64] + [c_void_p] * 8 + [c_double] * 5 + [c_int32] * 4,
+    "spg_masked_adamw": [c_int64] + [c_void_p] * 11 + [c_double] * 6 + [c_int32] * 3,
 }
 # What they take between the sizes and the scalars: a list's dtype codes, or its addresses.
 _ARGUMENTS = {
@@ -118,10 +118,20 @@ def update_mask_(launch: _Launch, addresses: array, lists: Lists) -> None:
 
 
 def masked_sgd_(launch: _Launch, addresses: array, lists: Lists, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0,
-                nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
-    launch(addresses, float(lr), momentum, dampening, weight_decay, nesterov, maximize, is_first_step, mask == "gradient")
+                nesterov=False, maximize=False, is_first_step=False, mask="update", grad_scale=None, found_inf=None) -> None:
+    if not found_inf:
+        launch(addresses, float(lr), momentum, dampening, weight_decay, _grad_factor(maximize, grad_scale), nesterov,
+               is_first_step, mask == "gradient")
 
 
 def masked_adamw_(launch: _Launch, addresses: array, lists: Lists, *, lr, beta1=0.9, beta2=0.999, eps=1e-8,
-                  weight_decay=1e-2, decoupled=True, maximize=False, mask="update") -> None:
-    launch(addresses, float(lr), beta1, beta2, eps, weight_decay, decoupled, maximize, mask == "gradient")
+                  weight_decay=1e-2, decoupled=True, maximize=False, mask="update", grad_scale=None, found_inf=None) -> None:
+    if not found_inf:
+        launch(addresses, float(lr), beta1, beta2, eps, weight_decay, _grad_factor(maximize, grad_scale), decoupled,
+               mask == "gradient")
+
+
+def _grad_factor(maximize: bool, grad_scale: Tensor | None) -> float:
+    """What gradients are multiplied by before anything else; C++ rounds it to float32, as GradScaler.unscale_ does."""
+    sign = -1.0 if maximize else 1.0
+    return sign if grad_scale is None else sign * float(grad_scale.double().reciprocal())
