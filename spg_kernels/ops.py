@@ -13,6 +13,7 @@ Every operator works on lists of tensors, one call for a whole model, in place, 
 import functools
 import importlib
 import logging
+from collections.abc import Iterable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import reference
-from .backends.plans import LISTS, Lists, Plan, addresses_of
+from .backends.plans import DTYPES, LISTS, Lists, Plan, addresses_of
 from .checks import CHECKS, GAMMA_DTYPES, MASKS, check_floating, check_mask, check_scaler  # noqa: F401
 from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
@@ -180,6 +181,15 @@ def _call(op: str, *lists: list[Tensor], backend: str, **kwargs):
     return getattr(getattr(torch.ops.spg_kernels, op), overload)(*lists, backend=backend, **kwargs)
 
 
+def has_kernels(tensors: Iterable[Tensor], backend: str) -> bool:
+    """Whether `backend` has kernels for parameters of these devices and dtypes."""
+    for device_type, dtype in {(t.device.type, t.dtype) for t in tensors}:
+        chosen = resolve(backend, device_type)
+        if chosen is reference or chosen.PLANS.device_type != device_type or dtype not in DTYPES:
+            return False
+    return True
+
+
 class Call(NamedTuple):
     """A masked optimizer step over lists that are known to match: one parameter group's."""
 
@@ -191,6 +201,8 @@ class Call(NamedTuple):
 def try_calls(calls: list[Call], common: dict, backend: str) -> bool:
     """Run every call on the fused backend, or none: False where there is none, or where it cannot take some tensor."""
     calls = [call for call in calls if call.lists[0]]
+    if calls:  # a GradScaler that saw no gradient has no tensors to give
+        check_scaler(common["grad_scale"], common["found_inf"])
     if torch.compiler.is_compiling():
         for op, lists, settings in calls:
             _call(op, *lists, backend=backend, **settings, **common)

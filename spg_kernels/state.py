@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 KEY = "spg_importance"  # of a parameter's gamma in its state and in the state dict
+SCALER = ("grad_scale", "found_inf")  # what a GradScaler sets on an optimizer for one step
 
 
 class State(MutableMapping):
