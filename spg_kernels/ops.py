@@ -13,7 +13,6 @@ Every operator works on lists of tensors, one call for a whole model, in place, 
 import functools
 import importlib
 import logging
-from collections.abc import Iterable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -181,13 +180,12 @@ def _call(op: str, *lists: list[Tensor], backend: str, **kwargs):
     return getattr(getattr(torch.ops.spg_kernels, op), overload)(*lists, backend=backend, **kwargs)
 
 
-def has_kernels(tensors: Iterable[Tensor], backend: str) -> bool:
+def has_kernels(tensors: list[Tensor], backend: str) -> bool:
     """Whether `backend` has kernels for parameters of these devices and dtypes."""
-    for device_type, dtype in {(t.device.type, t.dtype) for t in tensors}:
-        chosen = resolve(backend, device_type)
-        if chosen is reference or chosen.PLANS.device_type != device_type or dtype not in DTYPES:
-            return False
-    return True
+    device_types = {device.type for device in {t.device for t in tensors}}
+    chosen = [(resolve(backend, device_type), device_type) for device_type in device_types]
+    return ({t.dtype for t in tensors} <= {*DTYPES}
+            and all(module is not reference and module.PLANS.device_type == device_type for module, device_type in chosen))
 
 
 class Call(NamedTuple):
