@@ -37,7 +37,7 @@ def _has_plain_settings(group: dict) -> bool:
 
 
 def begins_momentum(inner: Optimizer) -> bool:
-    """Whether the next step makes a momentum buffer: one that torch's fused SGD leaves uninitialized if `found_inf` skips the step."""
+    """Whether the next step makes a momentum buffer: torch's fused SGD leaves it uninitialized if `found_inf` skips."""
     return isinstance(inner, SGD) and any(inner.state.get(p, {}).get("momentum_buffer") is None for group in inner.param_groups
                                           if group["momentum"] for p in group["params"] if p.grad is not None)
 

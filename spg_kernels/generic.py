@@ -87,7 +87,7 @@ def gradient_masked_step(step: Callable, closure: Callable | None, parameters: l
 
 
 def unscaled_step(step: Callable, inner: Optimizer, parameters: list[Tensor]) -> None:
-    """`step(None)` with what a GradScaler told `inner` done around it: no step, or one on copies of gradients that are unscaled."""
+    """`step(None)` with what a GradScaler told `inner` done around it: no step, or one on unscaled copies of gradients."""
     told = {name: value for name, value in vars(inner).items() if name in SCALER}
     grads = [p.grad for p in parameters]
 

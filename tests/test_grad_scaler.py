@@ -1,4 +1,4 @@
-"""A GradScaler's scale and inf check inside a masked step: operators on every backend, and SPGOptimizer under a real scaler."""
+"""A GradScaler's scale and inf check inside a masked step: every backend's operators, and SPGOptimizer under a real scaler."""
 
 import copy
 
@@ -40,7 +40,8 @@ def reciprocal(scale: float) -> torch.Tensor:
 @pytest.mark.parametrize("gamma_kind", GAMMAS)
 @pytest.mark.parametrize("mask", ["update", "gradient"])
 @pytest.mark.parametrize("op, settings", STEPS)
-def test_a_scaled_step_has_the_bits_of_a_step_on_unscaled_gradients(backend, op, settings, mask, gamma_kind, scale, step_lists):
+def test_a_scaled_step_has_the_bits_of_a_step_on_unscaled_gradients(step_lists, backend, op, settings, mask, gamma_kind,
+                                                                     scale):
     scaled, plain = step_lists(op, gamma_kind), step_lists(op, gamma_kind)
     torch._foreach_mul_(plain[1], reciprocal(scale))
     grads = [grad.clone() for grad in scaled[1]]
@@ -77,7 +78,8 @@ def test_values_that_are_not_one_float32_are_refused(backend, op, name):
 
 def test_a_compiled_function_scales_and_skips_without_a_graph_break(backend):
     def step(param, grad, gamma, grad_scale, found_inf):
-        spg_kernels.masked_sgd_([param], [grad * 2], [gamma], lr=0.1, grad_scale=grad_scale, found_inf=found_inf, backend=backend)
+        scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
+        spg_kernels.masked_sgd_([param], [grad * 2], [gamma], lr=0.1, **scaler, backend=backend)
 
     param, grad, gamma = torch.randn(50), torch.randn(50), torch.rand(50)
     twin, counter = param.clone(), CompileCounter()
