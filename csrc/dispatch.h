@@ -37,7 +37,7 @@ struct Gamma {
 
 // Hyper-parameters are combined in double and cast once, as torch's fused optimizers do.
 struct SgdStep {
-  float sign;  // -1 to maximize
+  float grad_factor;  // negative to maximize
   float lr;
   float momentum;
   float gradient_share;  // 1 - dampening
@@ -48,7 +48,7 @@ struct SgdStep {
 };
 
 struct AdamStep {
-  float sign;
+  float grad_factor;
   float beta1;
   float exp_avg_share;     // 1 - beta1
   float beta2;

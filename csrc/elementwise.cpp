@@ -71,12 +71,12 @@ int32_t spg_update_mask(int64_t n, const int64_t* numel, const int32_t* dtype, v
 int32_t spg_masked_sgd(int64_t n, const int64_t* numel, const int32_t* dtype, void* const* params,
                        const void* const* grads, const int32_t* gamma_dtype, const void* const* gammas,
                        const int32_t* state_dtype, void* const* momentum_buffers, double lr, double momentum,
-                       double dampening, double weight_decay, int32_t nesterov, int32_t maximize, int32_t is_first_step,
+                       double dampening, double weight_decay, double grad_factor, int32_t nesterov, int32_t is_first_step,
                        int32_t mask_gradient, int32_t threads) {
   const bool has_momentum = momentum != 0.0 && momentum_buffers;
   if (!dtypes_are_known(n, dtype, gamma_dtype, has_momentum ? state_dtype : nullptr)) return SPG_BAD_DTYPE;
-  const SgdStep step = {maximize ? -1.0f : 1.0f, float(lr),     float(momentum),    float(1.0 - dampening),
-                        float(weight_decay),     nesterov != 0, is_first_step != 0, mask_gradient != 0};
+  const SgdStep step = {float(grad_factor),  float(lr),     float(momentum),    float(1.0 - dampening),
+                        float(weight_decay), nesterov != 0, is_first_step != 0, mask_gradient != 0};
   for_each_span(n, numel, threads, [&](int64_t i, int64_t begin, int64_t end) {
     const Sgd tensors = {dtype[i], params[i], grads[i], has_momentum ? state_dtype[i] : SPG_FLOAT32,
                          has_momentum ? momentum_buffers[i] : nullptr};
@@ -89,7 +89,7 @@ int32_t spg_masked_adamw(int64_t n, const int64_t* numel, const int32_t* dtype, 
                          const void* const* grads, const int32_t* gamma_dtype, const void* const* gammas,
                          const int32_t* state_dtype, void* const* exp_avgs, void* const* exp_avg_sqs,
                          void* const* max_exp_avg_sqs, float* const* steps, double lr, double beta1, double beta2,
-                         double eps, double weight_decay, int32_t decoupled, int32_t maximize, int32_t mask_gradient,
+                         double eps, double weight_decay, double grad_factor, int32_t decoupled, int32_t mask_gradient,
                          int32_t threads) {
   if (!dtypes_are_known(n, dtype, gamma_dtype, state_dtype)) return SPG_BAD_DTYPE;
   for (int64_t i = 0; i < n; i++) *steps[i] += 1.0f;
@@ -97,7 +97,7 @@ int32_t spg_masked_adamw(int64_t n, const int64_t* numel, const int32_t* dtype, 
     const double count = *steps[i];
     const double bias_correction1 = 1.0 - std::pow(beta1, count);
     const double bias_correction2 = 1.0 - std::pow(beta2, count);
-    const AdamStep step = {maximize ? -1.0f : 1.0f,
+    const AdamStep step = {float(grad_factor),
                            float(beta1),
                            float(1.0 - beta1),
                            float(beta2),

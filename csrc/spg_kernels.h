@@ -48,11 +48,11 @@ SPG_API int32_t spg_update_mask(int64_t n, const int64_t* numel, const int32_t* 
 
 // torch.optim.SGD with the mask in the same pass, on the update or (mask_gradient) on the gradient. State is the plain
 // optimizer's. dtype is the parameters' and the gradients'; state_dtype is that or float32. momentum_buffers may be NULL
-// when momentum is 0.
+// when momentum is 0. Gradients are multiplied by grad_factor before anything else: 1, or -1 to maximize, over the loss scale.
 SPG_API int32_t spg_masked_sgd(int64_t n, const int64_t* numel, const int32_t* dtype, void* const* params,
                                const void* const* grads, const int32_t* gamma_dtype, const void* const* gammas,
                                const int32_t* state_dtype, void* const* momentum_buffers, double lr, double momentum,
-                               double dampening, double weight_decay, int32_t nesterov, int32_t maximize,
+                               double dampening, double weight_decay, double grad_factor, int32_t nesterov,
                                int32_t is_first_step, int32_t mask_gradient, int32_t threads);
 
 // torch.optim.AdamW (decoupled) or Adam, the same way. steps[i] is one float32, incremented here first.
@@ -61,7 +61,7 @@ SPG_API int32_t spg_masked_adamw(int64_t n, const int64_t* numel, const int32_t*
                                  const void* const* grads, const int32_t* gamma_dtype, const void* const* gammas,
                                  const int32_t* state_dtype, void* const* exp_avgs, void* const* exp_avg_sqs,
                                  void* const* max_exp_avg_sqs, float* const* steps, double lr, double beta1, double beta2,
-                                 double eps, double weight_decay, int32_t decoupled, int32_t maximize,
+                                 double eps, double weight_decay, double grad_factor, int32_t decoupled,
                                  int32_t mask_gradient, int32_t threads);
 
 // Functions of the Python that runs, and its framework's, handed over so that the library is linked to neither.

@@ -93,13 +93,13 @@ static void update_mask(int32_t dtype, void* param, const void* old_param, Gamma
 template <bool has_momentum, class Factor>
 static inline void sgd_block(const SgdStep& s, float* __restrict p, const float* __restrict g, float* __restrict buf,
                              Factor factor, int64_t count) {
-  const float sign = s.sign, lr = s.lr, momentum = s.momentum, share = s.gradient_share, decay = s.weight_decay;
+  const float grad_factor = s.grad_factor, lr = s.lr, momentum = s.momentum, share = s.gradient_share, decay = s.weight_decay;
   const uint32_t on_gradient = mask_if(s.mask_gradient), decays = mask_if(decay != 0.0f);
   const uint32_t first = mask_if(s.first), nesterov = mask_if(s.nesterov);
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) {
     const float f = factor(i);
-    float d = masked(sign * g[i], select(on_gradient, f, 1.0f));
+    float d = masked(grad_factor * g[i], select(on_gradient, f, 1.0f));
     d = select(decays, SPG_FMA(decay, p[i], d), d);
     if (has_momentum) {
       const float b = select(first, d, SPG_FMA(share, d, momentum * buf[i]));
@@ -132,7 +132,7 @@ static void sgd(const SgdStep& step, const Sgd& t, Gamma gamma, int64_t begin, i
 template <bool amsgrad, class Factor>
 static inline void adam_block(const AdamStep& s, float* __restrict p, const float* __restrict g, float* __restrict m,
                               float* __restrict v, float* __restrict v_max, Factor factor, int64_t count) {
-  const float sign = s.sign, beta2 = s.beta2, square_share = s.exp_avg_sq_share, step_size = s.step_size;
+  const float grad_factor = s.grad_factor, beta2 = s.beta2, square_share = s.exp_avg_sq_share, step_size = s.step_size;
   const float correction = s.bias_correction2_sqrt, eps = s.eps, coupled = s.coupled_decay, decoupled = s.decoupled_decay;
   const uint32_t on_gradient = mask_if(s.mask_gradient);
   const uint32_t decays_gradient = mask_if(coupled != 0.0f), decays = mask_if(decoupled != 0.0f);
@@ -142,7 +142,7 @@ static inline void adam_block(const AdamStep& s, float* __restrict p, const floa
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) {
     const float f = factor(i);
-    float d = masked(sign * g[i], select(on_gradient, f, 1.0f));
+    float d = masked(grad_factor * g[i], select(on_gradient, f, 1.0f));
     d = select(decays_gradient, SPG_FMA(coupled, p[i], d), d);
     const float average = SPG_FMA(share, d - m[i], select(from_average, m[i], d));
     const float square = SPG_FMA(square_share * d, d, beta2 * v[i]);

@@ -82,6 +82,17 @@ CHECKS = {"accumulate_importance_": _check_accumulate, "soft_mask_": _check_soft
           "masked_sgd_": _check_sgd, "masked_adamw_": _check_adamw}
 
 
+def check_scaler(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """What a GradScaler hands a step is one float32 value each, or None."""
+    for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            raise TypeError(f"{name}: expected a torch.float32 tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one value, got shape {tuple(value.shape)}")
+
+
 def check_mask(mask: str) -> None:
     if mask not in MASKS:
         raise ValueError(f"mask: expected 'update' or 'gradient', got {mask!r}")

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from . import distributed, ops
 from .importance import Importance
 from .memory import check_disjoint
-from .state import init_group, same_objects
+from .state import SCALER, init_group, same_objects
 
 
 def patched_step(inner: Optimizer) -> Callable | None:
@@ -34,6 +34,12 @@ def takes(inner: Optimizer) -> bool:
 def _has_plain_settings(group: dict) -> bool:
     scalars = [group["weight_decay"], *group.get("betas", ())]
     return not (group["differentiable"] or any(isinstance(x, Tensor) for x in scalars))
+
+
+def begins_momentum(inner: Optimizer) -> bool:
+    """Whether the next step makes a momentum buffer: torch's fused SGD leaves it uninitialized if `found_inf` skips."""
+    return isinstance(inner, SGD) and any(inner.state.get(p, {}).get("momentum_buffer") is None for group in inner.param_groups
+                                          if group["momentum"] for p in group["params"] if p.grad is not None)
 
 
 class _Found(NamedTuple):
@@ -73,12 +79,15 @@ class FusedStep:
         on_shards = calls
         if self._is_sharded:
             on_shards = [call._replace(lists=distributed.local_lists(call.lists)) for call in calls]
-        if not ops.try_calls(on_shards, {"mask": mask}, backend):
+        first = [call for call in calls if call.settings.get("is_first_step") and call.lists[0]]
+        scaler = {name: getattr(inner, name, None) for name in SCALER}
+        if first and scaler["found_inf"]:
+            return True  # no step, and no momentum buffer yet: only this once the host must know, and waits for the device
+        if not ops.try_calls(on_shards, {"mask": mask, **scaler}, backend):
             return False
-        for call in calls:
-            if call.settings.get("is_first_step"):
-                for parameter, buffer in zip(call.lists[0], call.lists[3]):
-                    inner.state[parameter]["momentum_buffer"] = buffer
+        for call in first:
+            for parameter, buffer in zip(call.lists[0], call.lists[3]):
+                inner.state[parameter]["momentum_buffer"] = buffer
         return True
 
     def _holds(self, inner: Optimizer, grads: list[list[Tensor | None]], importance: Importance) -> bool:

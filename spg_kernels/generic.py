@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from . import distributed, ops
 from .memory import check_disjoint
+from .state import SCALER
 
 
 def is_tracked(inner: Optimizer, backend: str) -> bool:
@@ -83,6 +84,31 @@ def gradient_masked_step(step: Callable, closure: Callable | None, parameters: l
         restore()  # again, if it was interrupted
         raise
     return loss
+
+
+def unscaled_step(step: Callable, inner: Optimizer, parameters: list[Tensor]) -> None:
+    """`step(None)` with what a GradScaler told `inner` done around it: no step, or one on unscaled copies of gradients."""
+    told = {name: value for name, value in vars(inner).items() if name in SCALER}
+    grads = [p.grad for p in parameters]
+
+    def restore() -> None:
+        for parameter, grad in zip(parameters, grads):
+            parameter.grad = grad
+        vars(inner).update(told)
+
+    try:
+        for name in told:  # or a fused inner step would unscale once more
+            delattr(inner, name)
+        if not told.get("found_inf"):
+            if (grad_scale := told.get("grad_scale")) is not None:
+                factor = float(grad_scale.double().reciprocal().float())  # as GradScaler.unscale_
+                for parameter, grad in zip(parameters, grads):
+                    parameter.grad = None if grad is None else grad.detach() * factor
+            step(None)
+        restore()
+    except BaseException:
+        restore()  # again, if it was interrupted
+        raise
 
 
 def _values(parameters: list[Tensor]) -> list[Tensor]:

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import reference
-from .backends.plans import LISTS, Plan
+from .backends.plans import DTYPES, LISTS, Plan
 from .backends.tensors import Lists
-from .checks import CHECKS, GAMMA_DTYPES, MASKS, check_floating, check_mask  # noqa: F401
+from .checks import CHECKS, GAMMA_DTYPES, MASKS, check_floating, check_mask, check_scaler  # noqa: F401
 from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
 
@@ -138,9 +138,9 @@ def _check_memory(op: str, lists: Lists) -> None:
 
 
 _SGD = ("float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, bool maximize=False, "
-        "bool is_first_step=False, str mask='update'")
+        "bool is_first_step=False, str mask='update', Tensor? grad_scale=None, Tensor? found_inf=None")
 _ADAMW = ("float beta1=0.9, float beta2=0.999, float eps=1e-8, float weight_decay=1e-2, bool decoupled=True, "
-          "bool maximize=False, str mask='update'")
+          "bool maximize=False, str mask='update', Tensor? grad_scale=None, Tensor? found_inf=None")
 _SGD_LISTS = "Tensor(a!)[] params, Tensor[] grads, Tensor[] gammas, Tensor(b!)[] momentum_buffers"
 _ADAMW_LISTS = ("Tensor(a!)[] params, Tensor[] grads, Tensor[] gammas, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
                 "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps")
@@ -181,6 +181,14 @@ def _call(op: str, *lists: list[Tensor], backend: str, **kwargs):
     return getattr(getattr(torch.ops.spg_kernels, op), overload)(*lists, backend=backend, **kwargs)
 
 
+def has_kernels(tensors: list[Tensor], backend: str) -> bool:
+    """Whether `backend` has kernels for parameters of these devices and dtypes."""
+    device_types = {device.type for device in {t.device for t in tensors}}
+    chosen = [(resolve(backend, device_type), device_type) for device_type in device_types]
+    return ({t.dtype for t in tensors} <= {*DTYPES}
+            and all(module is not reference and module.PLANS.device_type == device_type for module, device_type in chosen))
+
+
 class Call(NamedTuple):
     """A masked optimizer step over lists that are known to match: one parameter group's."""
 
@@ -192,6 +200,8 @@ class Call(NamedTuple):
 def try_calls(calls: list[Call], common: dict, backend: str) -> bool:
     """Run every call on the fused backend, or none: False where there is none, or where it cannot take some tensor."""
     calls = [call for call in calls if call.lists[0]]
+    if calls:  # a GradScaler that saw no gradient has no tensors to give
+        check_scaler(common["grad_scale"], common["found_inf"])
     if torch.compiler.is_compiling():
         for op, lists, settings in calls:
             _call(op, *lists, backend=backend, **settings, **common)
@@ -324,7 +334,7 @@ def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Te
 def masked_sgd_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor], momentum_buffers: list[Tensor] = (), *,
                 lr: float | Tensor, momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0,
                 nesterov: bool = False, maximize: bool = False, is_first_step: bool = False, mask: str = "update",
-                backend: str = "auto") -> None:
+                grad_scale: Tensor | None = None, found_inf: Tensor | None = None, backend: str = "auto") -> None:
     """One step of torch.optim.SGD under the soft mask, in place, in one pass over memory.
 
     Args:
@@ -333,24 +343,27 @@ def masked_sgd_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor],
         momentum_buffers: torch.optim.SGD's, of each parameter's shape; empty if `momentum` is 0.
         is_first_step: the buffers are uninitialized and become the gradients.
         mask: "update" scales what the step adds to a parameter, "gradient" what enters the step (the paper's rule).
+        grad_scale: one float32 value that gradients are divided by before anything else, as torch.amp.GradScaler gives it.
+        found_inf: one float32 value; unless it is 0, nothing at all changes.
         lr, momentum, dampening, weight_decay, nesterov, maximize: torch.optim.SGD's.
 
     Raises:
         ValueError, TypeError: arguments that do not match; nothing has changed.
     """
     check_mask(mask)
+    check_scaler(grad_scale, found_inf)
     if momentum and len(momentum_buffers) != len(params):
         raise ValueError(f"momentum_buffers: expected {len(params)} tensors with momentum = {momentum}, got {len(momentum_buffers)}")
     _call("masked_sgd_", params, grads, gammas, list(momentum_buffers) if momentum else [], lr=lr, momentum=momentum,
           dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
-          is_first_step=is_first_step, mask=mask, backend=backend)
+          is_first_step=is_first_step, mask=mask, grad_scale=grad_scale, found_inf=found_inf, backend=backend)
 
 
 def masked_adamw_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor], exp_avgs: list[Tensor],
                   exp_avg_sqs: list[Tensor], max_exp_avg_sqs: list[Tensor], state_steps: list[Tensor], *,
                   lr: float | Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
                   weight_decay: float = 1e-2, decoupled: bool = True, maximize: bool = False, mask: str = "update",
-                  backend: str = "auto") -> None:
+                  grad_scale: Tensor | None = None, found_inf: Tensor | None = None, backend: str = "auto") -> None:
     """One step of torch.optim.AdamW, or of Adam (`decoupled=False`), under the soft mask, in one pass over memory.
 
     Args:
@@ -359,12 +372,14 @@ def masked_adamw_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor
         exp_avgs, exp_avg_sqs: torch's state, of each parameter's shape.
         max_exp_avg_sqs: likewise with amsgrad; empty without.
         state_steps: torch's step counts, one float32 scalar tensor a parameter; incremented by this call.
-        mask: "update" or "gradient", as in `masked_sgd_`.
+        mask, grad_scale, found_inf: as in `masked_sgd_`.
         lr, beta1, beta2, eps, weight_decay, maximize: torch.optim.AdamW's.
 
     Raises:
         ValueError, TypeError: arguments that do not match; nothing has changed.
     """
     check_mask(mask)
+    check_scaler(grad_scale, found_inf)
     _call("masked_adamw_", params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr=lr, beta1=beta1,
-          beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, mask=mask, backend=backend)
+          beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, mask=mask,
+          grad_scale=grad_scale, found_inf=found_inf, backend=backend)

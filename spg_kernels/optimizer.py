@@ -12,7 +12,13 @@ from . import fused, generic, ops
 from .files import check_tasks
 from .importance import Importance
 from .measuring import Interrupted, measure
-from .state import KEY, TASKS, State, initialize, recover_codes, without_importance
+from .state import KEY, SCALER, TASKS, State, initialize, recover_codes, without_importance
+
+
+def _of_inner(name: str) -> property:
+    """An attribute that is the inner optimizer's own, to read, set and delete."""
+    return property(lambda self: getattr(self.inner, name), lambda self, value: setattr(self.inner, name, value),
+                    lambda self: delattr(self.inner, name))
 
 
 class SPGOptimizer(Optimizer):
@@ -72,13 +78,21 @@ class SPGOptimizer(Optimizer):
         self._fused_step = fused.FusedStep()
         self._interrupted = Interrupted()
 
-    @property
-    def param_groups(self) -> list[dict]:
-        return self.inner.param_groups
+    param_groups = _of_inner("param_groups")
+    defaults = _of_inner("defaults")
+    grad_scale, found_inf = map(_of_inner, SCALER)  # which torch's fused optimizers look for in themselves
 
-    @param_groups.setter
-    def param_groups(self, groups: list[dict]) -> None:
-        self.inner.param_groups = groups
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler is to leave unscaling and skipping to the step, which then neither waits for a device.
+
+        Only where the inner optimizer was built to (`fused=True`): clipping in some trainers refuses any that does.
+        """
+        if not (getattr(self.inner, "_step_supports_amp_scaling", False) and fused.takes(self.inner)):
+            return False
+        if not self.importance.active:
+            return not fused.begins_momentum(self.inner)
+        return ops.has_kernels(self._parameters(), self.backend)
 
     @property
     def state(self) -> State:
@@ -92,17 +106,9 @@ class SPGOptimizer(Optimizer):
             state[parameter] = without_importance(entry)
         self.inner.state = state
 
-    @property
-    def defaults(self) -> dict:
-        return self.inner.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict) -> None:
-        self.inner.defaults = defaults
-
     def __getattr__(self, name: str) -> object:
-        # Trainers switch the mode of an optimizer that has one, as schedule-free ones do. Nothing else shines through: a
-        # GradScaler would take the inner optimizer's fused unscaling for this one's.
+        # Trainers switch the mode of an optimizer that has one, as schedule-free ones do. Nothing else shines through: what
+        # somebody finds there and calls would go past the mask.
         if name in ("train", "eval"):
             return getattr(self.inner, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -197,7 +203,7 @@ class SPGOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self._fused_step.take(self.inner, self.importance, self._gamma, self.mask, self.backend):
-            self._generic_step(None)
+            generic.unscaled_step(self._generic_step, self.inner, self._parameters())
         return loss
 
     def _inner_step(self, closure: Callable | None):

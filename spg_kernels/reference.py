@@ -77,9 +77,7 @@ def mean_gamma(gammas: list[Tensor], device: torch.device | None = None) -> Tens
 
 def keep(gamma: Tensor, opmath: torch.dtype) -> Tensor:
     """1 - gamma: the share of a gradient or an update that passes the mask. Exactly 0 where gamma = 1."""
-    if gamma.dtype == torch.uint8:
-        return code_table()[1].to(gamma.device)[gamma.int()].to(opmath)
-    return 1 - gamma.to(opmath)
+    return code_table()[1].to(gamma.device)[gamma.int()].to(opmath) if gamma.dtype == torch.uint8 else 1 - gamma.to(opmath)
 
 
 def opmath(tensor: Tensor) -> torch.dtype:
@@ -112,12 +110,13 @@ def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Te
         param.copy_(blend(param, old, gamma))
 
 
-def masked_sgd_(params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0,
-                nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
-    """One step of torch.optim.SGD under the soft mask, in place. `momentum_buffers` is empty when momentum = 0."""
-    for i, (param, grad, gamma) in enumerate(zip(params, grads, gammas, strict=True)):
+def masked_sgd_(params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
+                maximize=False, is_first_step=False, mask="update", grad_scale=None, found_inf=None) -> None:
+    """One step of torch.optim.SGD under the soft mask, in place; none if `found_inf`. `momentum_buffers` is empty without."""
+    for i, (param, grad, gamma) in enumerate(() if found_inf else zip(params, grads, gammas, strict=True)):
         old = param.to(opmath(param))
         grad = (-grad if maximize else grad).to(old.dtype)
+        grad = grad if grad_scale is None else grad * float(grad_scale.double().reciprocal().float())  # as GradScaler.unscale_
         grad = scale(grad, gamma) if mask == "gradient" else grad
         grad = grad + weight_decay * old if weight_decay else grad
         if momentum:
@@ -129,11 +128,12 @@ def masked_sgd_(params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, da
 
 
 def masked_adamw_(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *, lr, beta1=0.9, beta2=0.999,
-                  eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False, mask="update") -> None:
-    """One step of torch.optim.AdamW (`decoupled`) or Adam under the soft mask, in place; without amsgrad no `max_exp_avg_sqs`."""
-    for i, (param, grad, gamma) in enumerate(zip(params, grads, gammas, strict=True)):
+                  eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False, mask="update", grad_scale=None, found_inf=None):
+    """The same of torch.optim.AdamW (`decoupled`) or Adam. Without amsgrad no `max_exp_avg_sqs`."""
+    for i, (param, grad, gamma) in enumerate(() if found_inf else zip(params, grads, gammas, strict=True)):
         old = param.to(opmath(param))
         grad = (-grad if maximize else grad).to(old.dtype)
+        grad = grad if grad_scale is None else grad * float(grad_scale.double().reciprocal().float())  # as GradScaler.unscale_
         grad = scale(grad, gamma) if mask == "gradient" else grad
         new = old * (1 - lr * weight_decay) if decoupled else old
         grad = grad if decoupled else grad + weight_decay * old

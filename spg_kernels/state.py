@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 KEY = "spg_importance"  # of a parameter's gamma in its state and in the state dict
 TASKS = "spg_tasks"  # of the number of tasks so far, in the state dict beside "state"
+SCALER = ("grad_scale", "found_inf")  # what a GradScaler sets on an optimizer for one step
 
 
 class State(MutableMapping):

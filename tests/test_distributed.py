@@ -161,6 +161,29 @@ def importance_of_the_same_gradients_equals_one_process(directory):
         assert abs(row.mean - twin.mean) <= CLOSE
 
 
+def scaled_steps_on_shards_skip_together(directory):
+    """A GradScaler's own collective tells every rank of the inf in one rank's shard."""
+    for inner in ("SGD fused", "AdamW fused"):
+        alone, net = small_net(), fully_shard(small_net())
+        expected, optimizer = (wrap(model, inner, 0.5) for model in (alone, net))
+        optimizer._generic_step = None  # the fused kernels take the shards
+        scalers = [torch.amp.GradScaler("cpu", init_scale=3000.7, backoff_factor=0.3) for _ in range(2)]
+        for seed in range(4):
+            set_gradients(alone.parameters(), seed)
+            if seed in (0, 2):
+                alone.trunk[0].weight.grad[0, 0] = float("inf")
+            for p, q in zip(net.parameters(), alone.parameters()):
+                q.grad *= scalers[0].scale(torch.ones(()))
+                p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+            scalers[1].scale(torch.ones(()))
+            assert optimizer._step_supports_amp_scaling
+            for opt, scaler in zip((expected, optimizer), scalers):
+                scaler.step(opt)
+                scaler.update()
+            assert scalers[0].get_scale() == scalers[1].get_scale()
+            assert difference(net.parameters(), alone.parameters()) == 0
+
+
 def tensor_parallel_training_equals_one_process(directory):
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (2, 2) if world == 4 else (1, world), mesh_dim_names=("data", "tensor"))
@@ -338,8 +361,8 @@ def an_optimizer_that_steps_in_backward_is_refused(directory):
 
 ONE_TENSOR = (shards_equal_the_oracle, wide_float64_gradients_keep_their_digits, every_placement_equals_the_oracle)
 TRAINING = (fully_sharded_training_equals_one_process, importance_of_the_same_gradients_equals_one_process,
-            tensor_parallel_training_equals_one_process, data_parallel_training_equals_one_process,
-            a_zero_redundancy_checkpoint_has_the_importance)
+            scaled_steps_on_shards_skip_together, tensor_parallel_training_equals_one_process,
+            data_parallel_training_equals_one_process, a_zero_redundancy_checkpoint_has_the_importance)
 CHANGES = (non_finite_gradients_raise_the_same_everywhere, importance_follows_parameters_into_shards,
            a_model_born_on_meta_is_sharded_then_filled, flattened_parameters_are_refused,
            an_optimizer_that_steps_in_backward_is_refused)

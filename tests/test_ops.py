@@ -338,11 +338,13 @@ OPERATORS = {
     "soft_mask_": lambda: (([torch.randn(5)], [torch.rand(5)]), {}),
     "update_mask_": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)]), {}),
     "masked_sgd_": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)], [torch.randn(5)]), dict(lr=0.1, momentum=0.9)),
-    "masked_sgd_.tensor_lr": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)], []), dict(lr=torch.tensor(0.1))),
+    "masked_sgd_.tensor_lr": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)], []),
+                                      dict(lr=torch.tensor(0.1), grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0))),
     "masked_adamw_": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)], [torch.zeros(5)], [torch.zeros(5)], [],
                                [torch.tensor(0.0)]), dict(lr=0.1)),
     "masked_adamw_.tensor_lr": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)], [torch.zeros(5)], [torch.zeros(5)],
-                                         [torch.zeros(5)], [torch.tensor(0.0)]), dict(lr=torch.tensor(0.1))),
+                                         [torch.zeros(5)], [torch.tensor(0.0)]),
+                                        dict(lr=torch.tensor(0.1), grad_scale=torch.tensor([2.0]), found_inf=torch.tensor(1.0))),
 }
 
 

@@ -33,7 +33,7 @@ def test_it_is_an_optimizer_with_live_properties(net):
         optimizer.step()
         scheduler.step()
     assert optimizer.inner.param_groups[0]["lr"] == pytest.approx(1e-3)
-    assert not hasattr(optimizer, "_step_supports_amp_scaling")
+    assert not optimizer._step_supports_amp_scaling and not hasattr(optimizer, "grad_scale")
 
 
 @pytest.mark.dropin(line=10)

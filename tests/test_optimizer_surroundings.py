@@ -48,7 +48,8 @@ def test_every_scheduler_reaches_the_inner_optimizer(net, name):
 @pytest.mark.dropin(line=14)
 @pytest.mark.parametrize("inner", ["SGD fused", "AdamW fused", "RMSprop"])
 @pytest.mark.parametrize("on", ["auto", "reference"])
-@pytest.mark.compatibility("GradScaler and clipping", "torch", "works")
+@pytest.mark.compatibility("GradScaler and clipping", "torch", "works",
+                           "around an optimizer with `fused=True` the host never waits for the device, and `.grad` stays scaled")
 def test_scaled_and_clipped_gradients_are_masked_as_unscaled_ones(net, inner, on):
     """A fused optimizer unscales in its own step; clipping makes the scaler unscale before."""
     x = torch.randn(8, 10)

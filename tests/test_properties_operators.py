@@ -187,6 +187,8 @@ STEPS = st.lists(st.tuples(ANY_SHAPE, st.sampled_from(FLOATS), st.booleans(), ga
 RATES = st.sampled_from([0.0, 1e-3, 0.1, 1.0])
 DECAYS = st.sampled_from([0.0, 0.01, 0.5])
 SWITCH = st.booleans()
+# What a GradScaler hands a step: (grad_scale, found_inf).
+SCALERS = st.tuples(st.sampled_from([None, 65536.0, 3000.7, 0.3]), st.sampled_from([None, 0.0, 0.0, 1.0, 2.0]))
 
 
 def place_step(recipes, states: int):
@@ -200,6 +202,15 @@ def place_step(recipes, states: int):
         for k, state in enumerate(kept):
             state.append(Placed(Values(seed=seed + k).make(shape, torch.float64).abs().to(state_dtype), layout))
     return params, grads, masks, kept
+
+
+def scaler_settings(scaler) -> dict[str, torch.Tensor | None]:
+    return {name: None if value is None else torch.tensor(value) for name, value in zip(("grad_scale", "found_inf"), scaler)}
+
+
+def unscaled(grad: torch.Tensor, scaler) -> torch.Tensor:
+    """In float64, by the reciprocal in float32 that GradScaler.unscale_ multiplies by."""
+    return grad.double() if scaler[0] is None else grad.double() * torch.tensor(scaler[0]).double().reciprocal().float().double()
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
@@ -221,18 +232,21 @@ def assert_moved(param: Placed, keep, new, bound, mask: str) -> None:
 
 
 @given(STEPS, RATES, st.sampled_from([0.0, 0.9]), st.sampled_from([0.0, 0.3]), DECAYS, SWITCH, SWITCH, SWITCH,
-       st.sampled_from(["update", "gradient"]))
-def test_masked_sgd_equals_its_float64_formula(recipes, lr, momentum, dampening, decay, nesterov, maximize, first, mask):
+       st.sampled_from(["update", "gradient"]), SCALERS)
+def test_masked_sgd_equals_its_float64_formula(recipes, lr, momentum, dampening, decay, nesterov, maximize, first, mask, scaler):
     for backend in BACKENDS:
         params, grads, masks, (buffers,) = place_step(recipes, 1)
         settings = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": decay, "nesterov": nesterov,
-                    "maximize": maximize, "is_first_step": first, "mask": mask}
+                    "maximize": maximize, "is_first_step": first, "mask": mask, **scaler_settings(scaler)}
         if not call(spg_kernels.masked_sgd_, [params, grads, masks, buffers], backend, **settings):
             continue
         assert unchanged(masks, grads)
+        if scaler[1]:
+            assert unchanged(params, buffers)
+            continue
         for param, grad, gamma, buffer in zip(params, grads, masks, buffers):
             keep, old = oracle.keep(gamma.tensor).expand(param.tensor.shape), param.before().double()
-            d = grad.tensor.double() * (-1 if maximize else 1)
+            d = unscaled(grad.tensor, scaler) * (-1 if maximize else 1)
             d = torch.where(keep == 0, 0.0, d * keep) if mask == "gradient" else d
             size = d.abs() + decay * old.abs()  # of all terms, where d is their sum
             d = d + decay * old
@@ -248,21 +262,26 @@ def test_masked_sgd_equals_its_float64_formula(recipes, lr, momentum, dampening,
 
 
 @given(STEPS, RATES, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([0.5, 0.999]), st.sampled_from([1e-8, 1e-3]), DECAYS, SWITCH,
-       SWITCH, SWITCH, st.sampled_from([0.0, 1.0, 1000.0]), st.sampled_from(["update", "gradient"]))
-def test_masked_adamw_equals_its_float64_formula(recipes, lr, beta1, beta2, eps, decay, decoupled, amsgrad, maximize, step, mask):
+       SWITCH, SWITCH, st.sampled_from([0.0, 1.0, 1000.0]), st.sampled_from(["update", "gradient"]), SCALERS)
+def test_masked_adamw_equals_its_float64_formula(recipes, lr, beta1, beta2, eps, decay, decoupled, amsgrad, maximize, step, mask,
+                                                 scaler):
     for backend in BACKENDS:
         params, grads, masks, (averages, squares, largest) = place_step(recipes, 3)
         steps = [Placed(torch.tensor(step)) for _ in params]
         lists = [params, grads, masks, averages, squares, largest if amsgrad else [], steps]
         settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay, "decoupled": decoupled,
-                    "maximize": maximize, "mask": mask}
+                    "maximize": maximize, "mask": mask, **scaler_settings(scaler)}
         if not call(spg_kernels.masked_adamw_, lists, backend, **settings):
             continue
-        assert unchanged(masks, grads) and all(count.tensor == step + 1 for count in steps)
+        assert unchanged(masks, grads)
+        if scaler[1]:
+            assert unchanged(*lists)
+            continue
+        assert all(count.tensor == step + 1 for count in steps)
         c1, c2 = 1 - beta1 ** (step + 1), (1 - beta2 ** (step + 1)) ** 0.5
         for param, grad, gamma, average, square, bound in zip(params, grads, masks, averages, squares, largest):
             keep, old = oracle.keep(gamma.tensor).expand(param.tensor.shape), param.before().double()
-            d = grad.tensor.double() * (-1 if maximize else 1)
+            d = unscaled(grad.tensor, scaler) * (-1 if maximize else 1)
             d = torch.where(keep == 0, 0.0, d * keep) if mask == "gradient" else d
             coupled = 0 if decoupled else decay
             size = d.abs() + coupled * old.abs()

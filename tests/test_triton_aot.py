@@ -16,19 +16,24 @@ F32, BF16, F16, CODE = tl.float32, tl.bfloat16, tl.float16, tl.uint8
 BYTES = {F32: 4, BF16: 2, F16: 2, CODE: 1}
 FLOATS = ("lr", "ahead", "momentum", "undamped", "weight_decay", "sign", "log_beta1", "log_beta2", "beta2", "rest1", "rest2",
           "eps")
-SCALARS = (("items", "i32"), ("keeps", "*fp32"), *((name, "fp32") for name in FLOATS))
+SCALARS = (("items", "i32"), ("keeps", "*fp32"), ("grad_scale", "*fp32"), ("found_inf", "*fp32"),
+           *((name, "fp32") for name in FLOATS))
+UNSCALED = dict(grad_scale=None, found_inf=None)
 
 # kernel: (accesses of a full block by what they are, other constants)
 KERNELS = {
     "soft mask": (elementwise.soft_mask_kernel, ("p",), ("p",), elementwise.VECTORS, {}),
     "update mask": (elementwise.update_mask_kernel, ("p", "p"), ("p",), elementwise.VECTORS, {}),
     "sgd": (steps.masked_sgd_kernel, ("p", "p", "s"), ("p", "s"), 1,
-            dict(LR_ON_DEVICE=False, FIRST_STEP=False, NESTEROV=True, GRADIENT_MASK=False, MOMENTUM=True)),
+            dict(LR_ON_DEVICE=False, FIRST_STEP=False, NESTEROV=True, GRADIENT_MASK=False, MOMENTUM=True, **UNSCALED)),
     "adamw": (steps.masked_adamw_kernel, ("p", "p", "s", "s"), ("p", "s", "s"), 1,
-              dict(LR_ON_DEVICE=False, STEPS_ON_HOST=True, DECOUPLED=True, AMSGRAD=False, GRADIENT_MASK=False)),
+              dict(LR_ON_DEVICE=False, STEPS_ON_HOST=True, DECOUPLED=True, AMSGRAD=False, GRADIENT_MASK=False, **UNSCALED)),
     "adam": (steps.masked_adamw_kernel, ("p", "p", "s", "s", "s"), ("p", "s", "s", "s"), 1,
-             dict(LR_ON_DEVICE=True, STEPS_ON_HOST=False, DECOUPLED=False, AMSGRAD=True, GRADIENT_MASK=True)),
+             dict(LR_ON_DEVICE=True, STEPS_ON_HOST=False, DECOUPLED=False, AMSGRAD=True, GRADIENT_MASK=True, **UNSCALED)),
 }
+for name in ("sgd", "adamw", "adam"):  # and with a GradScaler's values
+    *kernel, constants = KERNELS[name]
+    KERNELS[f"scaled {name}"] = (*kernel, {key: value for key, value in constants.items() if key not in UNSCALED})
 # parameter, gamma, state
 ALL_FLOAT, MIXED_CODES, HALF, HALF_WIDE_STATE, HALF_WIDE_GAMMA = (
     (F32, F32, F32), (F32, CODE, F32), (BF16, CODE, BF16), (BF16, CODE, F32), (F16, F32, F16))
@@ -38,6 +43,7 @@ CASES = [(name, dtypes, SM90) for name in ("soft mask", "sgd", "adamw")
 CASES += [("update mask", MIXED_CODES, SM90), ("adam", MIXED_CODES, SM90), ("update mask", HALF, SM80)]
 CASES += [(name, MIXED_CODES, target) for name in ("soft mask", "sgd", "adamw") for target in (SM80, GFX942)]
 CASES += [(name, HALF_WIDE_STATE, GFX942) for name in ("sgd", "adam")]
+CASES += [(f"scaled {name}", MIXED_CODES, target) for name in ("sgd", "adamw", "adam") for target in (SM80, SM90, GFX942)]
 
 
 def compile_case(name, dtypes, target, aligned=True):
@@ -45,7 +51,7 @@ def compile_case(name, dtypes, target, aligned=True):
     values = {"GRAD": dtypes[0], "PARAM": dtypes[0], "GAMMA": dtypes[1], "STATE": dtypes[2]}
     constants = {**constants, **{key: value for key, value in values.items() if key in kernel.arg_names}}
     width = 16 // max(BYTES[constants[key]] for key in values if key in constants)
-    scalars = [(key, kind) for key, kind in SCALARS if key in kernel.arg_names]
+    scalars = [(key, kind) for key, kind in SCALARS if key in kernel.arg_names and key not in constants]
     if constants.get("LR_ON_DEVICE"):
         scalars.append(("lr", "*fp32"))
     if constants.get("STEPS_ON_HOST"):
@@ -92,7 +98,7 @@ def test_misaligned_tensors_take_no_wide_access():
     assert max(size for _, size in nvidia_accesses(compilation)) <= 8  # 8: the tables
 
 
-def test_the_learning_rate_is_a_plain_argument():
-    """No value of it, nor of the number of chunks, is compiled in."""
+def test_what_changes_from_step_to_step_is_a_plain_argument():
+    """No learning rate, no number of chunks and no place of a GradScaler's values is compiled in."""
     for kernel in (steps.masked_sgd_kernel, steps.masked_adamw_kernel):
-        assert {"lr", "items"} <= set(kernel.do_not_specialize)
+        assert {"lr", "items", "grad_scale", "found_inf"} <= set(kernel.do_not_specialize)

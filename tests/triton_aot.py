@@ -22,7 +22,8 @@ def compiled(kernel, target: GPUTarget, scalars: tuple[tuple[str, str], ...] = (
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "*i64") for name in names}
     # What a launch finds out: tables and workspaces are aligned.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*" and name != "lr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+               if signature[name][0] == "*" and name not in kernel.do_not_specialize}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     options = {"num_warps": THREADS // target.warp_size, "enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)

@@ -48,10 +48,12 @@ SETTINGS = {
     "masked_sgd_": [
         dict(lr=0.1, momentum=0.9, dampening=0.2, weight_decay=0.01, nesterov=True),
         dict(lr=torch.tensor(0.1), momentum=0.9, is_first_step=True, maximize=True, mask="gradient"),
+        dict(lr=0.1, momentum=0.9, maximize=True, grad_scale=torch.tensor(3000.7), found_inf=torch.tensor(0.0)),
     ],
     "masked_adamw_": [
         dict(lr=0.1, weight_decay=0.01),
         dict(lr=torch.tensor(0.1), beta1=0.5, beta2=0.95, weight_decay=0.01, decoupled=False, maximize=True, mask="gradient"),
+        dict(lr=0.1, weight_decay=0.01, grad_scale=torch.tensor(3000.7), found_inf=torch.tensor(0.0)),
     ],
 }
 CASES = [(op, settings) for op in SETTINGS for settings in SETTINGS[op]]

@@ -14,6 +14,13 @@ from spg_kernels.backends.tensors import addresses_of
 from spg_kernels.backends.triton import elementwise, launch, plans, steps
 
 # What every backend is held to, with `backend` below.
+from .test_grad_scaler import (  # noqa: F401
+    step_lists,
+    test_a_compiled_function_scales_and_skips_without_a_graph_break,
+    test_a_scaled_step_has_the_bits_of_a_step_on_unscaled_gradients,
+    test_found_inf_changes_nothing_at_all,
+    test_values_that_are_not_one_float32_are_refused,
+)
 from .test_ops import (  # noqa: F401
     test_a_compiled_function_calls_the_operators_without_a_graph_break,
     test_a_masked_step_freezes_gamma_one_whatever_the_gradient,
@@ -204,17 +211,19 @@ def test_bias_corrections_keep_float32_precision(monkeypatch, beta):
         assert abs(p[0].item() - exact) <= 4e-7 * abs(exact), (count, p[0].item(), exact)
 
 
+@pytest.mark.parametrize("found", [None, 0.0, 1.0, 2.0])
 @pytest.mark.parametrize("count", [0.0, 7.0])
-def test_step_counts_on_the_device_give_the_same_step(monkeypatch, count):
+def test_step_counts_on_the_device_give_the_same_step(monkeypatch, count, found):
     lists = inputs("masked_adamw_", torch.float32, torch.float32, "8-bit", [(40, 30), (7,), (3, 5)])
     lists[6][:] = [torch.tensor(count + i) for i in range(3)]
-    twin = copies(lists)
-    spg_kernels.masked_adamw_(*lists, lr=0.1, backend="triton")
+    before, twin = copies(lists), copies(lists)
+    settings = dict(lr=0.1, found_inf=None if found is None else torch.tensor([found]), backend="triton")
+    spg_kernels.masked_adamw_(*lists, **settings)
     monkeypatch.setattr(plans, "on_host", lambda step: False)
     monkeypatch.setattr(plans.PLANS, "_plans", {})
-    spg_kernels.masked_adamw_(*twin, lr=0.1, backend="triton")
-    assert equal(lists, twin)
-    assert [s.item() for s in twin[6]] == [count + 1, count + 2, count + 3]
+    spg_kernels.masked_adamw_(*twin, **settings)
+    assert equal(lists, twin) and equal(lists, before) == bool(found)
+    assert [s.item() for s in twin[6]] == [count + i + (not found) for i in range(3)]
 
 
 def test_auto_leaves_cpu_tensors_to_the_cpu_backends():

@@ -11,8 +11,8 @@ _SIGNATURES = {
     "spg_accumulate_importance": [c_int64] + [c_void_p] * 6 + [c_int32],
     "spg_soft_mask": [c_int64] + [c_void_p] * 5 + [c_int32],
     "spg_update_mask": [c_int64] + [c_void_p] * 6 + [c_int32],
-    "spg_masked_sgd": [c_int64] + [c_void_p] * 8 + [c_double] * 4 + [c_int32] * 5,
-    "spg_masked_adamw": [c_int64] + [c_void_p] * 11 + [c_double] * 5 + [c_int32] * 4,
+    "spg_masked_sgd": [c_int64] + [c_void_p] * 8 + [c_double] * 5 + [c_int32] * 4,
+    "spg_masked_adamw": [c_int64] + [c_void_p] * 11 + [c_double] * 6 + [c_int32] * 3,
     "spg_read_floats": [c_int64, c_void_p, c_void_p],
     "spg_increment_floats": [c_int64, c_void_p],
 }

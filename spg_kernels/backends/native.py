@@ -88,10 +88,20 @@ def update_mask_(launch: _Launch, addresses: array, lists: Lists) -> None:
 
 
 def masked_sgd_(launch: _Launch, addresses: array, lists: Lists, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0,
-                nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
-    launch(addresses, float(lr), momentum, dampening, weight_decay, nesterov, maximize, is_first_step, mask == "gradient")
+                nesterov=False, maximize=False, is_first_step=False, mask="update", grad_scale=None, found_inf=None) -> None:
+    if not found_inf:
+        launch(addresses, float(lr), momentum, dampening, weight_decay, _grad_factor(maximize, grad_scale), nesterov,
+               is_first_step, mask == "gradient")
 
 
 def masked_adamw_(launch: _Launch, addresses: array, lists: Lists, *, lr, beta1=0.9, beta2=0.999, eps=1e-8,
-                  weight_decay=1e-2, decoupled=True, maximize=False, mask="update") -> None:
-    launch(addresses, float(lr), beta1, beta2, eps, weight_decay, decoupled, maximize, mask == "gradient")
+                  weight_decay=1e-2, decoupled=True, maximize=False, mask="update", grad_scale=None, found_inf=None) -> None:
+    if not found_inf:
+        launch(addresses, float(lr), beta1, beta2, eps, weight_decay, _grad_factor(maximize, grad_scale), decoupled,
+               mask == "gradient")
+
+
+def _grad_factor(maximize: bool, grad_scale: Tensor | None) -> float:
+    """What gradients are multiplied by before anything else; C++ rounds it to float32, as GradScaler.unscale_ does."""
+    sign = -1.0 if maximize else 1.0
+    return sign if grad_scale is None else sign * float(grad_scale.double().reciprocal())

@@ -92,6 +92,7 @@ struct List {
 constexpr int64_t kSizes[] = {0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 255, 511, 512, 513, 1000, 4097};
 constexpr int64_t kLongSizes[] = {16383, 16385, 33000, 70001};
 constexpr double kRates[] = {0.0, 1e-3, 0.1, 0.9, 1.0, 1e30};
+constexpr double kFactors[] = {1.0, -1.0, 1.0 / 65536.0, -1.0 / 3000.0, 0.0};
 
 }  // namespace
 
@@ -120,6 +121,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (input.below(64) == 0) dtype.back() = 5 + input.below(3), known = false;
   }
   const double a = kRates[input.below(6)], b = kRates[input.below(6)], c = kRates[input.below(6)], d = kRates[input.below(6)];
+  const double grad_factor = kFactors[input.below(5)];
   const int32_t flags = input.below(16);
   int32_t status = SPG_OK;
   if (fold) {
@@ -138,12 +140,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   } else if (function == 3) {
     status = spg_masked_sgd(n, numel.data(), dtype.data(), written.pointers.data(), read.pointers.data(), gamma_dtype.data(),
                             gammas.pointers.data(), state_dtype.data(), b ? first_state.pointers.data() : nullptr, a, b, c, d,
-                            flags & 1, flags & 2, flags & 4, flags & 8, threads);
+                            grad_factor, flags & 1, flags & 4, flags & 8, threads);
   } else {
     status = spg_masked_adamw(n, numel.data(), dtype.data(), written.pointers.data(), read.pointers.data(), gamma_dtype.data(),
                               gammas.pointers.data(), state_dtype.data(), first_state.pointers.data(), second_state.pointers.data(),
                               flags & 1 ? third_state.pointers.data() : nullptr, reinterpret_cast<float**>(steps.pointers.data()), a, b,
-                              c, 1e-8, d, flags & 2, flags & 4, flags & 8, threads);
+                              c, 1e-8, d, grad_factor, flags & 2, flags & 8, threads);
   }
   require(status == (known ? SPG_OK : SPG_BAD_DTYPE), "unknown dtypes, and only they, are refused");
   read.check(false);

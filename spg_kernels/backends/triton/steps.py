@@ -1,7 +1,7 @@
 """masked_sgd_ and masked_adamw_: the whole optimizer step and the mask in one pass over memory, one launch for all tensors.
 
 Whatever changes from step to step is a plain argument or is read from the device, so no value of it compiles a kernel anew,
-and a captured graph follows a learning rate and step counts that live on the device.
+and a captured graph follows a learning rate, step counts and a GradScaler's values that live on the device.
 """
 
 import math
@@ -20,8 +20,22 @@ CHUNK = 8192
 
 
 @triton.jit
-def _gradient(grad, offsets, count, sign, keep, GRADIENT_MASK: tl.constexpr, MASKED: tl.constexpr):
-    g = sign * load(grad, offsets, count, MASKED)
+def _under_scaler(sign, items, grad_scale, found_inf):
+    """(what gradients are multiplied by before anything else, how many chunks there are to do), with a GradScaler's values.
+
+    grad_scale and found_inf are addresses, or None.
+    """
+    factor = sign
+    if grad_scale is not None:
+        factor = tl.div_rn(sign, tl.load(grad_scale))
+    if found_inf is not None:
+        items = tl.where(tl.load(found_inf) == 0, items, 0)
+    return factor, items
+
+
+@triton.jit
+def _gradient(grad, offsets, count, factor, keep, GRADIENT_MASK: tl.constexpr, MASKED: tl.constexpr):
+    g = factor * load(grad, offsets, count, MASKED)
     if GRADIENT_MASK:
         g = scale(g, keep)
     return g
@@ -34,12 +48,12 @@ def _decayed(g, p, weight_decay):
 
 
 @triton.jit
-def _sgd_block(param, grad, gamma, buffer, offsets, count, one_value, value, keeps, lr, momentum, undamped, weight_decay, sign,
-               FIRST_STEP: tl.constexpr, NESTEROV: tl.constexpr, GRADIENT_MASK: tl.constexpr, MOMENTUM: tl.constexpr,
+def _sgd_block(param, grad, gamma, buffer, offsets, count, one_value, value, keeps, lr, momentum, undamped, weight_decay,
+               factor, FIRST_STEP: tl.constexpr, NESTEROV: tl.constexpr, GRADIENT_MASK: tl.constexpr, MOMENTUM: tl.constexpr,
                MASKED: tl.constexpr):
     p = load(param, offsets, count, MASKED)
     keep = load_keep(gamma, offsets, count, one_value, value, keeps, MASKED)
-    g = _decayed(_gradient(grad, offsets, count, sign, keep, GRADIENT_MASK, MASKED), p, weight_decay)
+    g = _decayed(_gradient(grad, offsets, count, factor, keep, GRADIENT_MASK, MASKED), p, weight_decay)
     if MOMENTUM:
         if FIRST_STEP:
             m = g
@@ -56,16 +70,18 @@ def _sgd_block(param, grad, gamma, buffer, offsets, count, one_value, value, kee
     store(param, offsets, new, count, MASKED)
 
 
-@triton.jit(do_not_specialize=["items", "lr"])
+@triton.jit(do_not_specialize=["items", "lr", "grad_scale", "found_inf"])
 def masked_sgd_kernel(params, grads, gammas, buffers, keeps, chunks, items, lr, momentum, undamped, weight_decay, sign,
-                      PARAM: tl.constexpr, GAMMA: tl.constexpr, STATE: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
-                      FIRST_STEP: tl.constexpr, NESTEROV: tl.constexpr, GRADIENT_MASK: tl.constexpr, MOMENTUM: tl.constexpr,
-                      ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+                      grad_scale, found_inf, PARAM: tl.constexpr, GAMMA: tl.constexpr, STATE: tl.constexpr,
+                      LR_ON_DEVICE: tl.constexpr, FIRST_STEP: tl.constexpr, NESTEROV: tl.constexpr,
+                      GRADIENT_MASK: tl.constexpr, MOMENTUM: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr,
+                      BLOCK: tl.constexpr):
     lanes = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
     rate = lr
     if LR_ON_DEVICE:
         rate = tl.load(lr).to(tl.float32)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    factor, todo = _under_scaler(sign, items, grad_scale, found_inf)
+    for item in range(tl.program_id(0), todo, tl.num_programs(0)):
         start, tensor, count, one_value = locate(chunks, item)
         param = address(params, tensor, start, PARAM, ALIGNED)
         grad = address(grads, tensor, start, PARAM, ALIGNED)
@@ -77,10 +93,10 @@ def masked_sgd_kernel(params, grads, gammas, buffers, keeps, chunks, items, lr, 
         whole = count // BLOCK * BLOCK
         for first in range(0, whole, BLOCK):
             _sgd_block(param, grad, gamma, buffer, first + lanes, count, one_value, value, keeps, rate, momentum, undamped,
-                       weight_decay, sign, FIRST_STEP, NESTEROV, GRADIENT_MASK, MOMENTUM, False)
+                       weight_decay, factor, FIRST_STEP, NESTEROV, GRADIENT_MASK, MOMENTUM, False)
         if whole < count:
             _sgd_block(param, grad, gamma, buffer, whole + lanes, count, one_value, value, keeps, rate, momentum, undamped,
-                       weight_decay, sign, FIRST_STEP, NESTEROV, GRADIENT_MASK, MOMENTUM, True)
+                       weight_decay, factor, FIRST_STEP, NESTEROV, GRADIENT_MASK, MOMENTUM, True)
 
 
 @triton.jit
@@ -95,13 +111,13 @@ def _one_minus_power(log_beta, step):
 
 @triton.jit
 def _adamw_block(param, grad, gamma, exp_avg, exp_avg_sq, max_exp_avg_sq, offsets, count, one_value, value, keeps, step_size,
-                 root_correction, decay, weight_decay, beta2, rest1, rest2, eps, sign, DECOUPLED: tl.constexpr,
+                 root_correction, decay, weight_decay, beta2, rest1, rest2, eps, factor, DECOUPLED: tl.constexpr,
                  AMSGRAD: tl.constexpr, GRADIENT_MASK: tl.constexpr, MASKED: tl.constexpr):
     p = load(param, offsets, count, MASKED)
     m = load(exp_avg, offsets, count, MASKED)
     v = load(exp_avg_sq, offsets, count, MASKED)
     keep = load_keep(gamma, offsets, count, one_value, value, keeps, MASKED)
-    g = _gradient(grad, offsets, count, sign, keep, GRADIENT_MASK, MASKED)
+    g = _gradient(grad, offsets, count, factor, keep, GRADIENT_MASK, MASKED)
     new = p
     if DECOUPLED:
         new = p * decay
@@ -120,17 +136,18 @@ def _adamw_block(param, grad, gamma, exp_avg, exp_avg_sq, max_exp_avg_sq, offset
     store(param, offsets, new, count, MASKED)
 
 
-@triton.jit(do_not_specialize=["items", "lr"])
+@triton.jit(do_not_specialize=["items", "lr", "grad_scale", "found_inf"])
 def masked_adamw_kernel(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, keeps, chunks, items, lr, ahead,
-                        log_beta1, log_beta2, beta2, rest1, rest2, eps, weight_decay, sign, PARAM: tl.constexpr,
-                        GAMMA: tl.constexpr, STATE: tl.constexpr, LR_ON_DEVICE: tl.constexpr, STEPS_ON_HOST: tl.constexpr,
-                        DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, GRADIENT_MASK: tl.constexpr, ALIGNED: tl.constexpr,
-                        VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+                        log_beta1, log_beta2, beta2, rest1, rest2, eps, weight_decay, sign, grad_scale, found_inf,
+                        PARAM: tl.constexpr, GAMMA: tl.constexpr, STATE: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
+                        STEPS_ON_HOST: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
+                        GRADIENT_MASK: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
     rate = lr
     if LR_ON_DEVICE:
         rate = tl.load(lr).to(tl.float32)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    factor, todo = _under_scaler(sign, items, grad_scale, found_inf)
+    for item in range(tl.program_id(0), todo, tl.num_programs(0)):
         start, tensor, count, one_value = locate(chunks, item)
         param = address(params, tensor, start, PARAM, ALIGNED)
         grad = address(grads, tensor, start, PARAM, ALIGNED)
@@ -151,11 +168,11 @@ def masked_adamw_kernel(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_av
         whole = count // BLOCK * BLOCK
         for first in range(0, whole, BLOCK):
             _adamw_block(param, grad, gamma, exp_avg, exp_avg_sq, max_exp_avg_sq, first + lanes, count, one_value, value,
-                         keeps, step_size, root_correction, decay, weight_decay, beta2, rest1, rest2, eps, sign, DECOUPLED,
+                         keeps, step_size, root_correction, decay, weight_decay, beta2, rest1, rest2, eps, factor, DECOUPLED,
                          AMSGRAD, GRADIENT_MASK, False)
         if whole < count:
             _adamw_block(param, grad, gamma, exp_avg, exp_avg_sq, max_exp_avg_sq, whole + lanes, count, one_value, value,
-                         keeps, step_size, root_correction, decay, weight_decay, beta2, rest1, rest2, eps, sign, DECOUPLED,
+                         keeps, step_size, root_correction, decay, weight_decay, beta2, rest1, rest2, eps, factor, DECOUPLED,
                          AMSGRAD, GRADIENT_MASK, True)
 
 
@@ -167,7 +184,8 @@ def _rate(lr: float | Tensor, device: torch.device) -> tuple[float | Tensor, boo
 
 
 def masked_sgd_(launches: plans.Launches, addresses: array, lists: Lists, *, lr, momentum=0.0, dampening=0.0,
-                weight_decay=0.0, nesterov=False, maximize=False, is_first_step=False, mask="update") -> None:
+                weight_decay=0.0, nesterov=False, maximize=False, is_first_step=False, mask="update", grad_scale=None,
+                found_inf=None) -> None:
     for piece in launches.pieces(addresses):
         group = piece.group
         with launch.on(group.device):
@@ -180,14 +198,14 @@ def masked_sgd_(launches: plans.Launches, addresses: array, lists: Lists, *, lr,
             tables = [launch.table(place, column) for column in piece.columns]
             masked_sgd_kernel[(launch.programs(place, items),)](
                 *tables, launch.cached(place, ("keep",), keep_table), chunks, items, rate, float(momentum),
-                float(1 - dampening), float(weight_decay), -1.0 if maximize else 1.0, ELEMENT[group.dtype],
-                ELEMENT[group.gamma], ELEMENT[group.state], lr_on_device, bool(is_first_step), bool(nesterov),
-                mask == "gradient", bool(momentum), piece.aligned, width, launch.THREADS * width,
-                num_warps=launch.warps(group.device), enable_fp_fusion=launch.FP_FUSION)
+                float(1 - dampening), float(weight_decay), -1.0 if maximize else 1.0, _moved(grad_scale, group.device),
+                _moved(found_inf, group.device), ELEMENT[group.dtype], ELEMENT[group.gamma], ELEMENT[group.state],
+                lr_on_device, bool(is_first_step), bool(nesterov), mask == "gradient", bool(momentum), piece.aligned, width,
+                launch.THREADS * width, num_warps=launch.warps(group.device), enable_fp_fusion=launch.FP_FUSION)
 
 
 def masked_adamw_(launches: plans.Launches, addresses: array, lists: Lists, *, lr, beta1=0.9, beta2=0.999, eps=1e-8,
-                  weight_decay=1e-2, decoupled=True, maximize=False, mask="update") -> None:
+                  weight_decay=1e-2, decoupled=True, maximize=False, mask="update", grad_scale=None, found_inf=None) -> None:
     *_, max_exp_avg_sqs, state_steps = lists
     for piece in launches.pieces(addresses):
         group = piece.group
@@ -203,15 +221,22 @@ def masked_adamw_(launches: plans.Launches, addresses: array, lists: Lists, *, l
                 masked_adamw_kernel[(launch.programs(place, items),)](
                     *tables, steps, launch.cached(place, ("keep",), keep_table), chunks, items, rate, ahead, _log(beta1),
                     _log(beta2), float(beta2), float(1 - beta1), float(1 - beta2), float(eps), float(weight_decay),
-                    -1.0 if maximize else 1.0, ELEMENT[group.dtype], ELEMENT[group.gamma], ELEMENT[group.state], lr_on_device,
-                    group.steps_on_host, bool(decoupled), bool(max_exp_avg_sqs), mask == "gradient", piece.aligned, width,
-                    launch.THREADS * width, num_warps=launch.warps(group.device), enable_fp_fusion=launch.FP_FUSION)
+                    -1.0 if maximize else 1.0, _moved(grad_scale, group.device), _moved(found_inf, group.device),
+                    ELEMENT[group.dtype], ELEMENT[group.gamma], ELEMENT[group.state], lr_on_device, group.steps_on_host,
+                    bool(decoupled), bool(max_exp_avg_sqs), mask == "gradient", piece.aligned, width, launch.THREADS * width,
+                    num_warps=launch.warps(group.device), enable_fp_fusion=launch.FP_FUSION)
         # The kernel took the step ahead: whatever raises above leaves the counts as they were.
-        if before:
+        if before and not found_inf:  # which waits for the device: counts on the host have no other way to know
             counts.increment(piece.columns[-1])
     for group in launches.groups:
         if not group.steps_on_host:
-            torch._foreach_add_([state_steps[i] for i in group.indices], 1.0)
+            taken = 1.0 if found_inf is None else (_moved(found_inf, group.device).reshape(()) == 0).float()
+            torch._foreach_add_([state_steps[i] for i in group.indices], taken)
+
+
+def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """A GradScaler's value on `device`, where it is unless a model spans several."""
+    return None if value is None else value.to(device, non_blocking=True)
 
 
 def _log(beta: float) -> float:
