@@ -293,6 +293,24 @@ def test_tables_of_a_graph_outlive_the_cache():
     assert torch.equal(grads[0], expected)
 
 
+def test_memory_for_tables_of_captures_does_not_run_out(monkeypatch):
+    monkeypatch.setattr(launch, "CAPTURE_WORDS", 16)
+    monkeypatch.setattr(launch, "_pinned", [])
+    gammas = [torch.rand(100, device="cuda") for _ in range(8)]
+    start = [torch.randn(100, device="cuda") for _ in range(8)]
+    expected, captured = [g.clone() for g in start], []
+    spg_kernels.soft_mask_(expected, gammas, backend="triton")
+    for _ in range(6):
+        grads, warm_up = [g.clone() for g in start], [g.clone() for g in start]  # kept, so that no address comes back
+        spg_kernels.soft_mask_(warm_up, gammas, backend="triton")
+        captured.append((torch.cuda.CUDAGraph(), grads, warm_up))
+        with torch.cuda.graph(captured[-1][0]):
+            spg_kernels.soft_mask_(grads, gammas, backend="triton")
+    for graph, grads, _ in captured:
+        graph.replay()
+        assert all(torch.equal(g, e) for g, e in zip(grads, expected))
+
+
 def test_step_counts_on_the_cpu_are_refused_in_a_capture():
     net = Net().cuda()
     opt = protected(net, lambda p: torch.optim.AdamW(p, lr=1e-2), backend="triton")
