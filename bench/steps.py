@@ -151,8 +151,8 @@ def _compiled_adamw(lists: dict[str, list[Tensor]], gammas: list[Tensor]) -> Cal
     def step() -> None:
         nonlocal steps
         steps += 1
-        # As tensors: a new number every step would compile a new graph every step.
-        corrections = (torch.tensor(1 - beta**steps, device=device) for beta in BETAS)
+        # As tensors: a new number every step would compile a new graph every step. Filled, for a copy would synchronize.
+        corrections = (torch.full((), 1 - beta**steps, device=device) for beta in BETAS)
         call(*corrections, LR, *BETAS, EPS, WEIGHT_DECAY)
 
     return step

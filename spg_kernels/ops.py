@@ -156,6 +156,9 @@ _SCHEMAS = {
 }
 # The positions of the lists that a schema marks as written.
 _MUTATED = {op: [i for i, argument in enumerate(schema.split(", ")) if "!" in argument] for op, schema in _SCHEMAS.items()}
+# Kernels keep tables and workspaces on the device from call to call. Where inductor captures CUDA graphs by itself
+# (mode="reduce-overhead") nothing may outlive a call; with the second tag, which torch 2.6 lacks, operators stay outside.
+_TAGS = tuple(getattr(torch.Tag, tag) for tag in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, tag))
 _LIBRARY = torch.library.Library("spg_kernels", "DEF")
 
 
@@ -250,7 +253,7 @@ def _register(name: str, schema: str) -> None:
             return torch.empty(len(lists[1]), dtype=torch.bool, device=lists[1][0].device if lists[1] else None)
         return None
 
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(name + schema, tags=_TAGS)
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"spg_kernels::{name}", fake, lib=_LIBRARY)

@@ -356,6 +356,13 @@ def test_opcheck(backend, name):
     torch.library.opcheck(operator, lists, {**settings, "backend": backend})
 
 
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch captures every operator")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_stay_out_of_the_cuda_graphs_that_inductor_makes(name):
+    packet, _, overload = name.partition(".")
+    assert torch.Tag.cudagraph_unsafe in getattr(getattr(torch.ops.spg_kernels, packet), overload or "default").tags
+
+
 def test_every_operator_is_checked():
     assert set(OPERATORS) == set(ops._SCHEMAS)
 

@@ -1,6 +1,7 @@
 """The machine code of the masks and steps for sm_80, sm_90 and gfx942: wide accesses, no spills, no shared memory."""
 
 import os
+import re
 
 import pytest
 
@@ -92,6 +93,16 @@ def test_full_blocks_move_16_bytes_at_a_time_and_nothing_spills(name, dtypes, ta
         assert used["REG"] <= 80, used
     for access, count in wide_accesses(name, dtypes, width).items():
         assert found[access] >= count, (access, count, found)
+
+
+@pytest.mark.parametrize("target", [SM90, SM80], ids=_id)
+@pytest.mark.parametrize("name", ["soft mask", "update mask", "sgd", "adamw", "adam"])
+def test_all_arithmetic_but_exp_is_rounded_correctly_and_keeps_subnormals(name, target):
+    """In the interpreter it always is; on a GPU plain / and sqrt are approximations, and .ftz would lose subnormals."""
+    ptx = compile_case(name, ALL_FLOAT, target)[0].asm["ptx"]
+    inexact = set(re.findall(r"\S*\.(?:approx|full|ftz)\S*", ptx))
+    assert inexact <= {"ex2.approx.f32"} and "fma" not in ptx
+
 
 def test_misaligned_tensors_take_no_wide_access():
     compilation, _ = compile_case("adamw", ALL_FLOAT, SM90, aligned=False)

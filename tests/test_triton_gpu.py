@@ -40,7 +40,7 @@ def random_shapes(seed: int) -> list[tuple[int, ...]]:
     return shapes + [(64, 3, 7, 7), (128,), (1,), (0,), (256, 257), (1 << 20,)]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("gamma_kind", GAMMAS)
 @pytest.mark.parametrize("dtype, state_dtype", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
                                                 (torch.bfloat16, torch.float32), (torch.float16, torch.float16),
@@ -70,15 +70,16 @@ def test_a_thousand_launches_give_the_same_bits(op, settings):
 
 @pytest.mark.parametrize("op, settings", CASES, **NAMES)
 def test_programs_far_beyond_residency_and_one_program_give_the_same_bits(op, settings, monkeypatch):
-    shapes = [(1 << 25,), (12345,), (3,), (1 << 24,)]
+    start = on_gpu(inputs(op, torch.float32, torch.float32, "8-bit", [(1 << 24,), (12345,), (3,), (1 << 23,)]))
     results = []
     for programs in (None, 1 << 20, 1000, 33):
         monkeypatch.setattr(launch, "programs_override", programs)
-        results.append(on_gpu(inputs(op, torch.float32, torch.float32, "8-bit", shapes)))
+        results.append(copies(start))
         run(op, results[-1], settings_on_gpu(settings))
     assert all(equal(lists, results[0]) for lists in results[1:])
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("op, settings", CASES, **NAMES)
 def test_misaligned_views_give_the_bits_of_aligned_tensors(op, settings):
     lists = on_gpu(inputs(op, torch.float32, torch.float32, "8-bit", [(n,) for n in (5, 1024, 90000, 2049, 4096)]))
@@ -90,6 +91,7 @@ def test_misaligned_views_give_the_bits_of_aligned_tensors(op, settings):
     assert equal(lists, shifted)
 
 
+@pytest.mark.sanitizer
 def test_channels_last_parameters_are_taken():
     lists = on_gpu(inputs("masked_adamw_", torch.float32, torch.float32, "float32", [(64, 32, 3, 3)] * 2))
     lists = tuple([t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors] for tensors in lists)
@@ -98,6 +100,7 @@ def test_channels_last_parameters_are_taken():
 
 def test_a_tensor_past_31_bits_of_elements():
     n = 2**31 + 5000
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 4 * n:
         pytest.skip("needs 9 GB of GPU memory")
     grad = torch.ones(n, dtype=torch.bfloat16, device="cuda")
@@ -290,6 +293,24 @@ def test_tables_of_a_graph_outlive_the_cache():
     assert torch.equal(grads[0], expected)
 
 
+def test_memory_for_tables_of_captures_does_not_run_out(monkeypatch):
+    monkeypatch.setattr(launch, "CAPTURE_WORDS", 16)
+    monkeypatch.setattr(launch, "_pinned", [])
+    gammas = [torch.rand(100, device="cuda") for _ in range(8)]
+    start = [torch.randn(100, device="cuda") for _ in range(8)]
+    expected, captured = [g.clone() for g in start], []
+    spg_kernels.soft_mask_(expected, gammas, backend="triton")
+    for _ in range(6):
+        grads, warm_up = [g.clone() for g in start], [g.clone() for g in start]  # kept, so that no address comes back
+        spg_kernels.soft_mask_(warm_up, gammas, backend="triton")
+        captured.append((torch.cuda.CUDAGraph(), grads, warm_up))
+        with torch.cuda.graph(captured[-1][0]):
+            spg_kernels.soft_mask_(grads, gammas, backend="triton")
+    for graph, grads, _ in captured:
+        graph.replay()
+        assert all(torch.equal(g, e) for g, e in zip(grads, expected))
+
+
 def test_step_counts_on_the_cpu_are_refused_in_a_capture():
     net = Net().cuda()
     opt = protected(net, lambda p: torch.optim.AdamW(p, lr=1e-2), backend="triton")
@@ -303,7 +324,7 @@ def test_step_counts_on_the_cpu_are_refused_in_a_capture():
 
 
 def test_several_streams_share_tables_and_do_not_meet():
-    op, settings = CASES[-2]
+    op, settings = "masked_adamw_", SETTINGS["masked_adamw_"][0]
     calls = [on_gpu(inputs(op, torch.float32, torch.float32, "8-bit", random_shapes(i), i), steps_too=True) for i in range(4)]
     alone = [copies(lists) for lists in calls]
     for lists in alone:
@@ -331,38 +352,7 @@ def test_tensors_of_several_devices_in_one_call():
         assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(together[k][:n], together[k][n:]))
 
 
-def test_a_compiled_step_does_not_recompile_from_call_to_call():
-    net = Net().cuda()
-    lr = torch.tensor(1e-2, device="cuda")
-    opt = protected(net, lambda p: capturable(p, lr), backend="triton")
-    twin = copy.deepcopy(net)
-    other = protected(twin, lambda p: capturable(p, lr), backend="triton")
-    step = torch.compile(opt.step)
-    for turn in range(5):
-        give_both_the_same_gradients((net, opt), (twin, other))
-        lr.fill_(1e-2 / (turn + 1))
-        # The first call makes the state, which the second one finds.
-        with torch._dynamo.config.patch(error_on_recompile=turn >= 2):
-            step()
-        other.step()
-        # Not the same bits: a compiler may sum the heads' mean gamma in another order.
-        assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-6) for p, q in zip(net.parameters(), twin.parameters()))
-
-
-def test_a_compiled_function_calls_the_operators_without_a_graph_break():
-    def masked(param, grad, gamma):
-        grad = grad * 2
-        spg_kernels.soft_mask_([grad], [gamma], backend="triton")
-        spg_kernels.masked_sgd_([param], [grad], [gamma], lr=0.1, backend="triton")
-        return grad + 1
-
-    param, grad, gamma = (torch.rand(5000, device="cuda") for _ in range(3))
-    twin = param.clone()
-    expected = masked(param, grad, gamma)
-    actual = torch.compile(masked, fullgraph=True)(twin, grad, gamma)
-    assert torch.equal(actual, expected) and torch.equal(param, twin)
-
-
+@pytest.mark.sanitizer
 def test_decoding_on_the_device_is_the_reference_bit_for_bit():
     grad = torch.ones(256, device="cuda")
     spg_kernels.soft_mask_([grad], [torch.arange(256, dtype=torch.uint8, device="cuda")], backend="triton")

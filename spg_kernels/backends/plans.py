@@ -102,7 +102,7 @@ def _refusal(op: str, tensors: dict[str, Tensor], device_type: str) -> str | Non
         if type(tensor) not in PLAIN:
             return f"has {name} of type {type(tensor).__name__}"
         if name == "state_steps":
-            if tensor.device.type not in ("cpu", device_type) or tensor.dtype != torch.float32 or tensor.numel() != 1:
+            if not (tensor.is_cpu or tensor.device == first.device) or tensor.dtype != torch.float32 or tensor.numel() != 1:
                 return f"has {name} of {tensor.numel()} {tensor.dtype} on {tensor.device}"
             continue
         if tensor.layout != torch.strided or tensor.device.type != device_type or tensor.device != first.device:

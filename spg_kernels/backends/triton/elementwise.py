@@ -131,12 +131,12 @@ def _update_mask_block(param, old, gamma, offsets, count, one_value, value, keep
 
 
 @triton.jit(do_not_specialize=["items"])
-def update_mask_kernel(params, old_params, gammas, keeps, chunks, items, PARAM: tl.constexpr, GAMMA: tl.constexpr,
+def update_mask_kernel(parameters, old_params, gammas, keeps, chunks, items, PARAM: tl.constexpr, GAMMA: tl.constexpr,
                        ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         start, tensor, count, one_value = locate(chunks, item)
-        param = address(params, tensor, start, PARAM, ALIGNED)
+        param = address(parameters, tensor, start, PARAM, ALIGNED)
         old = address(old_params, tensor, start, PARAM, ALIGNED)
         gamma = address(gammas, tensor, start, GAMMA, ALIGNED)
         value = one_value_keep(gammas, tensor, one_value)

@@ -48,9 +48,9 @@ class _Table:
 
 
 _tables: dict[torch.device, OrderedDict] = {}
-_kept: list[Tensor] = []  # what a captured graph reads: its replays know only the address
+_kept: list[Tensor] = []  # what captured graphs read: their replays know only the address
 _workspaces: dict[tuple, Tensor] = {}
-_pinned: list = []  # [a pinned tensor, words handed out], made by the first upload outside a capture
+_pinned: list = []  # [a pinned tensor, words handed out], made by uploads outside captures
 
 
 def here(device: torch.device) -> Place:
@@ -98,8 +98,9 @@ def cached(place: Place, key: tuple, make: Callable[[], Tensor]) -> Tensor:
 def _upload(place: Place, values: Tensor) -> _Table:
     if place.device.type == "cpu":
         return _Table(values, None, place.stream)
-    if not _pinned:
-        _pinned.extend([torch.empty(CAPTURE_WORDS, dtype=torch.int64, device="cpu", pin_memory=True), 0])
+    if not _pinned or _pinned[1] > CAPTURE_WORDS // 2:
+        _kept.extend(_pinned[:1])
+        _pinned[:] = torch.empty(CAPTURE_WORDS, dtype=torch.int64, device="cpu", pin_memory=True), 0
     with torch.cuda.device(place.device):
         # torch's allocator of pinned memory gives this block out again only when the copy is over.
         tensor = values.pin_memory().to(place.device, non_blocking=True)

@@ -1,0 +1,96 @@
+"""Every launch as on a GPU, up to the CUDA driver: argument binding, specialization, compilation, what the launcher is given.
+
+The interpreter and ahead-of-time compilation both go around Triton's own launch code. Here the driver alone is a stand-in,
+for an H100, and the tensors are on the CPU because nothing reads them.
+"""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("the interpreter launches nothing", allow_module_level=True)
+
+import spg_kernels  # noqa: E402
+from spg_kernels import ops  # noqa: E402
+from spg_kernels.backends.triton import plans  # noqa: E402
+
+from .triton_aot import SM90  # noqa: E402
+from .triton_cases import CASES, fold, inputs  # noqa: E402
+
+_NO_DEVICE = 1 << 20  # Triton keeps what it compiled for each device: none that exists is to get kernels without code
+
+
+class Driver:
+    """Triton's driver with nothing behind it. `launched` has the kernel's name, its grid and its arguments, each time."""
+
+    def __init__(self):
+        self.launched: list[tuple] = []
+        self.utils = SimpleNamespace(load_binary=lambda *_: (0, 0, 32, 0, 1024), unload_module=lambda *_: None,
+                                     get_device_properties=lambda _: {"max_shared_mem": 232448})
+
+    def launcher_cls(self, source, metadata):
+        def launch(*arguments):
+            self.launched.append((source.fn.__name__, arguments[:3], arguments[9:]))
+        return launch
+
+    def get_current_device(self):
+        return _NO_DEVICE
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return SM90
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(plans.PLANS, "device_type", "cpu")
+    monkeypatch.setattr(ops.backend_module("triton"), "unavailable", lambda: None)
+    ops.resolve.cache_clear()
+    yield driver
+    ops.resolve.cache_clear()
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """What was compiled since it was last cleared."""
+    compiled: list = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **what: compiled.append(what["repr"]) and False)
+    return compiled
+
+
+@pytest.mark.parametrize("op, settings", CASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_call_is_one_launch_and_other_values_compile_nothing(op, settings, driver, compiled):
+    lists = inputs(op, torch.float32, torch.float32, "8-bit", [(1000 * i + 16,) for i in range(1, 40)])
+    run = getattr(spg_kernels, op)
+    run(*lists, **settings, backend="triton")
+    ((name, grid, arguments),) = driver.launched
+    assert name == f"{op}kernel" and grid == (3, 1, 1)
+    assert all(argument.dtype in (torch.int64, torch.float32) for argument in arguments if isinstance(argument, torch.Tensor))
+    compiled.clear()
+    for count, lr, decay in ((39, 1, 0), (1, 1e-3, 1), (16, 0.0, 0.5), (3, 16, 16)):
+        part = tuple(tensors[:count] for tensors in lists)
+        if "lr" in settings:
+            # A learning rate on the device is read there, wherever it lies.
+            lr = torch.tensor([0.0, lr])[count % 2] if isinstance(settings["lr"], torch.Tensor) else lr
+            settings = {**settings, "lr": lr, "weight_decay": decay}
+        run(*part, **settings, backend="triton")
+    assert len(driver.launched) == 5 and not compiled
+
+
+def test_importance_is_one_launch_and_other_tensors_compile_nothing(driver, compiled):
+    grads = [torch.randn(n) for n in (300, 9000, 1, 0, 20000)]
+    fold([torch.zeros_like(grad) for grad in grads], grads)
+    ((name, grid, _),) = driver.launched
+    assert name == "accumulate_importance_kernel" and grid == (3, 1, 1)
+    compiled.clear()
+    for part in (grads[:1], grads[3:4], 16 * grads, [torch.randn(8193)]):
+        fold([torch.zeros_like(grad) for grad in part], part)
+    assert len(driver.launched) == 5 and not compiled
