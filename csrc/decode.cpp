@@ -31,9 +31,20 @@ const Table table;
 
 }  // namespace
 
-// Compiled for the baseline, where the compiler has no gather to make of it: scalar loads are faster.
+// Compiled for the baseline, where the compiler has no gather to make of it: scalar loads are faster. One load fetches eight
+// codes, and factors are stored four at a time: the loads and stores are what a lookup is made of.
 void decode_by_lookup(const uint8_t* code, int64_t count, float* factor) {
-  for (int64_t i = 0; i < count; i++) factor[i] = table.factor[code[i]];
+  int64_t i = 0;
+#if defined(__x86_64__)
+  const auto at = [](uint64_t codes, int k) { return table.factor[codes >> (8 * k) & 255]; };
+  for (; i + 8 <= count; i += 8) {
+    uint64_t codes;
+    std::memcpy(&codes, code + i, sizeof codes);
+    _mm_storeu_ps(factor + i, _mm_setr_ps(at(codes, 0), at(codes, 1), at(codes, 2), at(codes, 3)));
+    _mm_storeu_ps(factor + i + 4, _mm_setr_ps(at(codes, 4), at(codes, 5), at(codes, 6), at(codes, 7)));
+  }
+#endif
+  for (; i < count; i++) factor[i] = table.factor[code[i]];
 }
 
 #if defined(__x86_64__)

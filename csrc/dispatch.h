@@ -54,7 +54,7 @@ struct AdamStep {
   float beta2;
   float exp_avg_sq_share;  // 1 - beta2
   float step_size;         // lr / bias_correction1
-  float bias_correction2_sqrt;
+  float inverse_correction2;  // 1 / sqrt(bias_correction2): one division an element less
   float eps;
   float coupled_decay;    // weight_decay, or 0 when it is decoupled
   float decoupled_decay;  // lr * weight_decay, or 0 when it is coupled

@@ -71,7 +71,7 @@ static inline void fold_value(float* __restrict gamma, const float* __restrict g
   const float power = z.power, high = z.high, low = z.low, scale = 2.0f * z.power_scale;
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) {
-    const float a = tanh_of_half(std::fabs(((g[i] * power - high) - low) * scale));
+    const float a = tanh_of_half(std::fabs((SPG_FMA(g[i], power, -high) - low) * scale));
     gamma[i] = a > gamma[i] ? a : gamma[i];
   }
 }

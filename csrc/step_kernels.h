@@ -133,7 +133,7 @@ template <bool amsgrad, class Factor>
 static inline void adam_block(const AdamStep& s, float* __restrict p, const float* __restrict g, float* __restrict m,
                               float* __restrict v, float* __restrict v_max, Factor factor, int64_t count) {
   const float grad_factor = s.grad_factor, beta2 = s.beta2, square_share = s.exp_avg_sq_share, step_size = s.step_size;
-  const float correction = s.bias_correction2_sqrt, eps = s.eps, coupled = s.coupled_decay, decoupled = s.decoupled_decay;
+  const float correction = s.inverse_correction2, eps = s.eps, coupled = s.coupled_decay, decoupled = s.decoupled_decay;
   const uint32_t on_gradient = mask_if(s.mask_gradient);
   const uint32_t decays_gradient = mask_if(coupled != 0.0f), decays = mask_if(decoupled != 0.0f);
   // lerp(m, d, share) from its nearer end, as torch does: with beta1 = 0 the average is the gradient exactly.
@@ -153,7 +153,7 @@ static inline void adam_block(const AdamStep& s, float* __restrict p, const floa
       bound = v_max[i] > square ? v_max[i] : square;
       v_max[i] = bound;
     }
-    const float denominator = std::sqrt(bound) / correction + eps;
+    const float denominator = SPG_FMA(std::sqrt(bound), correction, eps);
     float delta = -step_size * average / denominator;
     delta = select(decays, SPG_FMA(-decoupled, p[i], delta), delta);
     p[i] = moved(p[i], select(on_gradient, 1.0f, f), 1.0f, delta);

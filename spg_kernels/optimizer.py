@@ -192,8 +192,8 @@ class SPGOptimizer(Optimizer):
         Returns:
             The closure's loss, if there is a closure.
         """
-        # A learning-rate scheduler built on the inner optimizer asks it whether it has stepped.
-        self.inner._opt_called = True
+        if not torch.compiler.is_compiling():  # a learning-rate scheduler built on the inner optimizer asks it whether it stepped
+            self.inner._opt_called = True
         if not self.importance.active:
             return self._inner_step(closure)
         if self.backend == "reference" or not fused.takes(self.inner):
