@@ -48,30 +48,28 @@ static Moments moments(int32_t dtype, const void* grad, double first, int64_t be
   return {(shift - first) + mean, square[0] - sum[0] * mean};
 }
 
-// tanh(y / 2) = (exp(y) - 1) / (exp(y) + 1) for y >= 0. With y = n ln 2 + u, exp(y) = 2^n (1 + u P(u)); divided by 2^n,
-// with s = 2^-n, both are sums that lose nothing: for small y, n = 0 and the numerator is u P(u) itself.
-// At 18.714, 27 ln 2, n is 27 and u is next to 0: from there on, exactly 1.
-static inline float tanh_of_half(float twice) {
-  const float y = twice < 18.714f ? twice : 18.714f;
-  const float shifted = SPG_FMA(y, 1.44269504f, 12582912.0f);  // 1.5 * 2^23 puts n, rounded, into the low bits
-  const float n = shifted - 12582912.0f;
-  float u = SPG_FMA(n, -0.693359375f, y);  // ln 2 in two parts; n times the first is exact
-  u = SPG_FMA(n, 2.12194440e-4f, u);
-  float p = SPG_FMA(0.00139338205f, u, 0.00836929217f);
-  p = SPG_FMA(p, u, 0.0416664634f);
-  p = SPG_FMA(p, u, 0.16666504f);
-  p = SPG_FMA(p, u, 0.500000001f);
-  p = SPG_FMA(p, u, 1.00000001f);
+// tanh(y / 2) = (exp(y) - 1) / (exp(y) + 1) for y >= 0, from t = y log2(e). With n = round(t) and f = t - n, exp(y) is
+// 2^n (1 + f Q(f)); divided by 2^n, with s = 2^-n, both are sums that lose nothing: for n = 0 the numerator is f Q(f) itself.
+// Over every float32 t at most 1.4e-7 off, and 6.3e-7 of its value; 0 at 0, never above 1, and 1 from 26 on, as tanh is.
+static inline float tanh_of_half(float t) {
+  t = t < 60.0f ? t : 60.0f;
+  const float shifted = t + 12582912.0f;  // 1.5 * 2^23 puts n, rounded, into the low bits
+  const float f = t - (shifted - 12582912.0f);
   const float s = float_of(0x3f800000u - (bits_of(shifted) << 23));
-  const float r = SPG_FMA(p, u, 1.0f - s) / (1.0f + SPG_FMA(p, u, s));
-  return r < 1.0f ? r : 1.0f;
+  float q = SPG_FMA(0.00133335392f, f, 0.00966624543f);
+  q = SPG_FMA(q, f, 0.0555050038f);
+  q = SPG_FMA(q, f, 0.240223512f);
+  q = SPG_FMA(q, f, 0.693147123f);
+  const float numerator = SPG_FMA(q, f, 1.0f - s);
+  return numerator / (numerator + (s + s));
 }
 
 static inline void fold_value(float* __restrict gamma, const float* __restrict g, const Standardize& z, int64_t count) {
-  const float power = z.power, high = z.high, low = z.low, scale = 2.0f * z.power_scale;
+  const double log2_scale = 2.88539008177792681 * z.power_scale;  // 2 log2(e)
+  const float power = z.power, high = z.high, scale = float(log2_scale), offset = float(-z.low * log2_scale);
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) {
-    const float a = tanh_of_half(std::fabs((SPG_FMA(g[i], power, -high) - low) * scale));
+    const float a = tanh_of_half(std::fabs(SPG_FMA(SPG_FMA(g[i], power, -high), scale, offset)));
     gamma[i] = a > gamma[i] ? a : gamma[i];
   }
 }
