@@ -176,3 +176,44 @@ def test_an_importance_for_only_some_parameters_is_loaded_with_a_warning(net):
     with pytest.warns(UserWarning, match="none for trunk.0.bias; theirs stays"):
         fresh.load_state_dict(state)
     assert (fresh.importance["trunk.0.weight"] == 0.25).all() and not fresh.importance["trunk.0.bias"].any()
+
+
+@pytest.mark.dropin(line=5)
+def test_the_importance_survives_a_checkpoint_exactly(net):
+    optimizer = wrap(net.bfloat16(), "AdamW")
+    for name in optimizer.importance:
+        optimizer.importance[name] = torch.rand(optimizer.importance[name].shape)
+    other = wrap(copy.deepcopy(net), "AdamW")
+    other.load_state_dict(optimizer.state_dict())
+    assert other.importance.active
+    for name in optimizer.importance:
+        assert torch.equal(other.importance[name], optimizer.importance[name])
+
+
+@pytest.mark.dropin(line=12)
+def test_the_keys_of_a_checkpoint_are_constant_from_the_start(net):
+    optimizer = wrap(net, "AdamW")
+    before = {i: sorted(state) for i, state in optimizer.state_dict()["state"].items()}
+    set_gradients(net.parameters())
+    optimizer.accumulate_importance()
+    optimizer.step()
+    assert {i: sorted(state) for i, state in optimizer.state_dict()["state"].items()} == before
+    assert all("spg_importance" not in state for state in optimizer.inner.state.values())
+
+
+@pytest.mark.dropin(line=6)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(net):
+    optimizer = wrap(net, "AdamW", 0.5)
+    train(net, optimizer)
+    good = copy.deepcopy(optimizer.state_dict())
+    for damage, message in ((torch.full((16, 10), 2.0), "trunk.0.weight.*2.0"), (torch.rand(4), r"trunk.0.weight.*\(4,\)")):
+        bad = copy.deepcopy(good)
+        bad["state"][0]["spg_importance"] = damage
+        bad["state"][0]["exp_avg"].zero_()
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(bad)
+    other = SPGOptimizer(INNER["AdamW"](net.parameters()), heads=[*net.heads, net.trunk[2]])
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[2\].*a head here"):
+        other.load_state_dict(good)
+    after = optimizer.state_dict()
+    assert all(torch.equal(after["state"][i][key], good["state"][i][key]) for i in good["state"] for key in good["state"][i])

@@ -112,18 +112,6 @@ def test_checkpoints_load_with_and_without_the_wrapper(net, inner, steps):
     assert (wrapper.importance["trunk.0.weight"] == 0.25).all(), "a plain checkpoint says nothing of importance"
 
 
-@pytest.mark.dropin(line=5)
-def test_the_importance_survives_a_checkpoint_exactly(net):
-    optimizer = wrap(net.bfloat16(), "AdamW")
-    for name in optimizer.importance:
-        optimizer.importance[name] = torch.rand(optimizer.importance[name].shape)
-    other = wrap(copy.deepcopy(net), "AdamW")
-    other.load_state_dict(optimizer.state_dict())
-    assert other.importance.active
-    for name in optimizer.importance:
-        assert torch.equal(other.importance[name], optimizer.importance[name])
-
-
 @pytest.mark.dropin(line=13)
 @pytest.mark.parametrize("inner", ["SGD", "SGD momentum", "AdamW"])
 def test_torch_distributed_checkpoint_saves_and_loads_by_name(net, inner, tmp_path):
@@ -142,35 +130,6 @@ def test_torch_distributed_checkpoint_saves_and_loads_by_name(net, inner, tmp_pa
         set_gradients(model.parameters(), seed=7)
         opt.step()
     assert equal(values(twin), values(net))
-
-
-@pytest.mark.dropin(line=12)
-def test_the_keys_of_a_checkpoint_are_constant_from_the_start(net):
-    optimizer = wrap(net, "AdamW")
-    before = {i: sorted(state) for i, state in optimizer.state_dict()["state"].items()}
-    set_gradients(net.parameters())
-    optimizer.accumulate_importance()
-    optimizer.step()
-    assert {i: sorted(state) for i, state in optimizer.state_dict()["state"].items()} == before
-    assert all("spg_importance" not in state for state in optimizer.inner.state.values())
-
-
-@pytest.mark.dropin(line=6)
-def test_a_checkpoint_that_does_not_fit_changes_nothing(net):
-    optimizer = wrap(net, "AdamW", 0.5)
-    train(net, optimizer)
-    good = copy.deepcopy(optimizer.state_dict())
-    for damage, message in ((torch.full((16, 10), 2.0), "trunk.0.weight.*2.0"), (torch.rand(4), r"trunk.0.weight.*\(4,\)")):
-        bad = copy.deepcopy(good)
-        bad["state"][0]["spg_importance"] = damage
-        bad["state"][0]["exp_avg"].zero_()
-        with pytest.raises(ValueError, match=message):
-            optimizer.load_state_dict(bad)
-    other = SPGOptimizer(INNER["AdamW"](net.parameters()), heads=[*net.heads, net.trunk[2]])
-    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[2\].*a head here"):
-        other.load_state_dict(good)
-    after = optimizer.state_dict()
-    assert all(torch.equal(after["state"][i][key], good["state"][i][key]) for i in good["state"] for key in good["state"][i])
 
 
 @pytest.mark.dropin(line=15)
@@ -367,26 +326,6 @@ def test_a_non_finite_gradient_names_its_parameter(net):
     with pytest.raises(NonFiniteGradientError, match="trunk.2.bias") as error:
         optimizer.accumulate_importance()
     assert error.value.names == ["trunk.2.bias"] and not optimizer.importance["trunk.2.bias"].any()
-
-
-@pytest.mark.dropin(line=14)
-def test_a_grad_scaler_unscales_before_the_mask(net):
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    twin = copy.deepcopy(net)
-    ours, plain = wrap(net, "SGD fused", 0.5, backend="native"), wrap(twin, "SGD fused", 0.5, backend="reference")
-    x = torch.randn(8, 10)
-    loss = net(x, 0).square().mean()
-    scaler.scale(loss).backward()
-    scaler.step(ours)
-    twin(x, 0).square().mean().backward()
-    plain.step()
-    assert all((p - q).abs().max() < 1e-6 for p, q in zip(net.parameters(), twin.parameters()))
-    scaler.update()
-    before = values(net)
-    ours.zero_grad()
-    scaler.scale(net(x * float("inf"), 0).square().mean()).backward()
-    scaler.step(ours)
-    assert equal(values(net), before), "a step with infinite gradients is skipped"
 
 
 def test_names_come_from_the_inner_optimizer_if_it_has_them(net):
