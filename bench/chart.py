@@ -61,7 +61,8 @@ def _panel(axis, pass_name: str, by_name: dict[str, dict]) -> None:
     spread = [[(row["median_us"] - row["p20_us"]) / 1e3 for _, _, row in bars],
               [(row["p80_us"] - row["median_us"]) / 1e3 for _, _, row in bars]]
     drawn = axis.barh(names, times, color=colors, xerr=spread, error_kw={"elinewidth": 1, "ecolor": "#444444"})
-    axis.bar_label(drawn, [f"{time:.3g}" if time < 100 else f"{time:.0f}" for time in times], padding=6, fontsize=10)
+    axis.bar_label(drawn, [f"{time:.3g}" if time < 100 else f"{time:.0f}" for time in times], padding=6, fontsize=10,
+                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axis.invert_yaxis()
     axis.margins(x=0.15)
     ours = by_name.get("spg float32")

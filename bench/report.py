@@ -14,11 +14,16 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def section(folder: Path) -> str:
-    """What belongs between the README's markers."""
-    files = sorted(folder.glob("*.csv"))
-    if not files:
+    """What belongs between the README's markers: of each machine the fullest record whole, and a line of every other."""
+    records = sorted(((results.load(path), path.stem) for path in sorted(folder.glob("*.csv"))), key=lambda each: -len(each[0]))
+    if not records:
         return "No measurements are recorded yet."
-    return "\n\n".join([tables.legend(), *(tables.readme_section(results.load(path), path.stem) for path in files)])
+    parts, machines = [tables.legend()], set()
+    for rows, name in records:
+        known = rows[0]["machine"] in machines
+        parts.append((tables.readme_line if known else tables.readme_section)(rows, name))
+        machines.add(rows[0]["machine"])
+    return "\n\n".join(parts)
 
 
 def with_section(readme: str, text: str) -> str:

@@ -119,13 +119,22 @@ def contender_table(by_name: dict[str, dict]) -> str:
 
 def readme_section(rows: list[dict], name: str) -> str:
     """One device in the README."""
-    device_type = rows[0]["device"]
     shown = set(chosen_sets(rows))
     return "\n\n".join([
         stamp_lines(rows), pass_table([row for row in rows if row["set_name"] in shown]),
         f"![{name}](bench/results/{name}.png)",
-        target_table(rows, device_type),
-        f"Every contender and parameter set: [bench/results/{name}.md](bench/results/{name}.md)."])
+        target_table(rows, rows[0]["device"]),
+        f"Every contender and parameter set: {_page(name)}."])
+
+
+def readme_line(rows: list[dict], name: str) -> str:
+    """What is left to say of a machine that the README has a section of, under other settings."""
+    found = targets.verdicts(rows, rows[0]["device"])
+    return f"{stamp_lines(rows)} Of {len(found)} targets {sum(verdict.met for verdict in found)} are met: {_page(name)}."
+
+
+def _page(name: str) -> str:
+    return f"[bench/results/{name}.md](bench/results/{name}.md)"
 
 
 def legend() -> str:

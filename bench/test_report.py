@@ -66,6 +66,14 @@ def test_readme_keeps_what_is_around_the_markers(places, tmp_path):
         report.with_section("no markers", "text")
 
 
+def test_a_machine_has_one_section_and_a_line_for_each_other_record(places, tmp_path):
+    _write(tmp_path / "results" / "a-machine-capped.csv", [{**row, "isa": "baseline"} for row in _rows()[:-1]])
+    report.main(places)
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("| pass |") == text.count(".png") == 1 and "![machine]" in text
+    assert "baseline, 2 threads**" in text and "Of 2 targets 1 are met: [bench/results/a-machine-capped.md]" in text
+
+
 def test_rows_of_older_sources_are_marked(places, tmp_path):
     report.main(places)
     assert "†" not in (tmp_path / "README.md").read_text()
