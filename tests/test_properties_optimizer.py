@@ -163,12 +163,12 @@ class History:
         file = io.BytesIO()
         torch.save(self.optimizer.state_dict(), file)
         assert stepping.same(before, snapshot(self.optimizer))
-        self.checkpoints.append((self.inner, file, before))
+        self.checkpoints.append((self.inner, file, before, self.tasks))
 
     def load(self, seed: int) -> None:
         if not self.checkpoints:
             return
-        inner, file, saved = self.checkpoints[seed % len(self.checkpoints)]
+        inner, file, saved, tasks = self.checkpoints[seed % len(self.checkpoints)]
         if inner != self.inner:
             return
         file.seek(0)
@@ -177,9 +177,10 @@ class History:
                 self.optimizer.param_groups) or [s.gamma is None for s in saved] != [s.gamma is None for s in now]:
             with pytest.raises(ValueError):
                 self.optimizer.load_state_dict(state)
-            assert stepping.same(now, snapshot(self.optimizer))
+            assert stepping.same(now, snapshot(self.optimizer)) and self.optimizer.importance.tasks == self.tasks
             return
         self.optimizer.load_state_dict(state)
+        self.tasks = tasks
         for p, slot in zip(self.parameters(), saved):
             p.data.copy_(slot.value)
             p.grad = slot.grad
