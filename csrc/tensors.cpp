@@ -85,9 +85,12 @@ int32_t spg_locate_tensors(const SpgPython* python, void* lists, const int64_t* 
       if (header[k] != words[k]) return false;
     }
     words += HEADER;
+    bool has_memory = tensor.data;
     for (int32_t k = 0; k < tensor.ndim; ++k, words += 2) {
       if (words[0] != tensor.shape[k] || words[1] != tensor.strides[k]) return false;
+      has_memory |= tensor.shape[k] == 0;  // all that it needs
     }
+    if (!has_memory) return false;
     *addresses++ = reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset;
     return true;
   });

@@ -270,7 +270,7 @@ class SPGOptimizer(Optimizer):
 
     def state_dict(self) -> dict:
         """The inner optimizer's, with `state[i]["spg_importance"]` added for every parameter: gamma as stored, for a head 0;
-        and with "spg_tasks", the number of tasks so far.
+        and with "spg_tasks", the number of tasks so far (torch.distributed.checkpoint leaves that out).
 
         A plain optimizer loads it, and `load_state_dict` takes a plain optimizer's. The inner state is initialized first
         where it is not yet: torch's optimizers take a state that holds anything for one that holds everything.
@@ -337,6 +337,8 @@ class SPGOptimizer(Optimizer):
         self.importance.check(gammas)
         tasks = state_dict.get(TASKS, self.importance.tasks)
         check_tasks(tasks)
+        if gammas:
+            self._warn_of_missing(gammas)
         before = self.inner.state, self.inner.param_groups  # which torch's optimizers replace, not change
         try:
             self.inner.load_state_dict({**{key: value for key, value in state_dict.items() if key != TASKS}, "state": inner_state})
@@ -345,8 +347,6 @@ class SPGOptimizer(Optimizer):
             raise
         self.importance.store(gammas)
         self.importance.tasks = tasks
-        if gammas:
-            self._warn_of_missing(gammas)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

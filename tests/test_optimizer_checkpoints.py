@@ -1,6 +1,7 @@
 """Checkpoints beyond one wrapper's own: flattened, moved between plain and wrapped optimizers, and `state` as torch walks it."""
 
 import copy
+import warnings
 from collections import defaultdict
 
 import pytest
@@ -176,6 +177,10 @@ def test_an_importance_for_only_some_parameters_is_loaded_with_a_warning(net):
     with pytest.warns(UserWarning, match="none for trunk.0.bias; theirs stays"):
         fresh.load_state_dict(state)
     assert (fresh.importance["trunk.0.weight"] == 0.25).all() and not fresh.importance["trunk.0.bias"].any()
+    with warnings.catch_warnings(), pytest.raises(UserWarning):
+        warnings.simplefilter("error")
+        optimizer.load_state_dict({**state, "spg_tasks": 7})
+    assert optimizer.importance.tasks == 0, "an error changes nothing"
 
 
 @pytest.mark.dropin(line=5)

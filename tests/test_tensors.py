@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from spg_kernels import soft_mask_
+from spg_kernels import BackendError, soft_mask_, update_mask_
 from spg_kernels.backends import library, tensors
 
 PATHS = ["exchange", "guards", "public"]
@@ -123,3 +123,30 @@ def test_a_negated_view_of_one_element_is_masked_as_what_it_shows(backend):
     assert values.imag.is_neg()
     soft_mask_([values.imag], [torch.tensor([0.25])], backend=backend)
     assert plain.item() == 1.5 and values.imag.item() == -1.5
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_tensor_without_memory_is_no_kernels(cached):
+    gamma, zeros = torch.rand(4, 5), torch._efficientzerotensor((4, 5))
+    if cached:
+        update_mask_([torch.randn(4, 5)], [torch.randn(4, 5)], [gamma])
+    new = torch.randn(4, 5)
+    param = new.clone()
+    update_mask_([param], [zeros], [gamma])
+    assert torch.allclose(param, (1 - gamma) * new)
+    released = torch.randn(4, 5)
+    released.untyped_storage().resize_(0)
+    with pytest.raises(BackendError, match="without memory"):
+        soft_mask_([released], [gamma], backend="native")
+
+
+def test_a_functionalized_call_masks():
+    grad, gamma = torch.randn(4, 5), torch.rand(4, 5)
+    soft_mask_([grad.clone()], [gamma])
+
+    def masked(x):
+        y = x.clone()
+        soft_mask_([y], [gamma])
+        return y
+
+    assert torch.allclose(torch.func.functionalize(masked)(grad), (1 - gamma) * grad)

@@ -37,13 +37,14 @@ class Plan:
         self.refused: dict[int, str] = {i: reason for i, reason in reasons if reason}
         self.launch: Any = None if self.refused else build(op, named)
         self._locate = None if self.refused else locator(lists)
-        # Only an imaginary part is a negated view: every second element, so it lies densely where there is only one.
+        # A negated view that autograd makes is an imaginary part, of every second element: dense where there is only one. Of what
+        # as_strided makes of it, and torch's private _neg_view, a call with unlike tensors before or none takes notice.
         self._may_be_negated = [(k, i) for k, tensors in enumerate(lists) if LISTS[op][k] != "state_steps"
                                 for i, tensor in enumerate(tensors) if tensor.numel() == 1]
         self._disjoint_at: set[bytes] = set()
 
     def locate(self, lists: Lists) -> array | None:
-        """The addresses of tensors that this plan holds for: those like its own in all but addresses and numbers. Else None."""
+        """The addresses of tensors that are like this plan's own in all but addresses and numbers; None for others."""
         addresses = self._locate(lists)
         if addresses is None or any(lists[k][i].is_neg() for k, i in self._may_be_negated):
             return None
@@ -109,6 +110,8 @@ def _refusal(op: str, tensors: dict[str, Tensor], device_type: str) -> str | Non
             return f"has {name} on {tensor.device} with layout {tensor.layout}, expected strided on {device_type}"
         if tensor.is_neg():
             return f"has {name} that are a lazily negated view"
+        if tensor.numel() and not tensor.data_ptr():
+            return f"has {name} without memory"  # torch's zero tensors, a storage that was resized away
         if name == "gammas":
             if tensor.dtype not in (torch.float32, torch.uint8):
                 return f"has {name} of {tensor.dtype}"
