@@ -119,7 +119,7 @@ def sources_digest(device_type: str) -> str:
 def library_is_stale() -> bool:
     """Whether csrc/ was changed after the shared library was built: its timings would carry the wrong stamp."""
     return library.LIBRARY.exists() and any(path.stat().st_mtime > library.LIBRARY.stat().st_mtime
-                                           for path in (ROOT / "csrc").iterdir())
+                                            for path in (ROOT / "csrc").iterdir())
 
 
 def device_name(device_type: str) -> str:

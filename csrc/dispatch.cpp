@@ -92,7 +92,7 @@ void decode(const uint8_t* code, int64_t count, float* factor) {
 
 }  // namespace spg
 
-int32_t spg_abi_version(void) { return 2; }
+int32_t spg_abi_version(void) { return 3; }
 
 const char* spg_isa(void) { return spg::kernels().isa; }
 

@@ -27,7 +27,7 @@ enum {
 // What the functions below return. A dtype is checked before anything is written.
 enum { SPG_OK = 0, SPG_OUT_OF_MEMORY = 1, SPG_BAD_DTYPE = 2 };
 
-SPG_API int32_t spg_abi_version(void);  // 2
+SPG_API int32_t spg_abi_version(void);  // 3
 SPG_API const char* spg_isa(void);      // "avx512", "avx2" or "baseline"; the environment's SPG_CPU_CAPABILITY caps it
 SPG_API int32_t spg_has_openmp(void);
 
@@ -77,10 +77,10 @@ typedef struct {
   void *tensor_type, *parameter_type;           // a subclass may keep its numbers elsewhere
 } SpgPython;
 
-// Both hold Python's lock. `lists` is a tuple of lists of tensors.
-// What the tensors are: device, dtype, shape and strides of each, one after the other. The number of words, or -1 where they
-// are more than capacity, or something is no list or no plain tensor with memory of its own.
-SPG_API int64_t spg_describe_tensors(const SpgPython* python, void* lists, int64_t* words, int64_t capacity);
+// Both are called with Python's lock held. `lists` is a tuple of lists of tensors.
+// What the tensors are: device, dtype, shape and strides of each, one after the other, unless words is NULL. Returns the
+// number of words, or -1 where something is no list or no plain tensor with memory of its own.
+SPG_API int64_t spg_describe_tensors(const SpgPython* python, void* lists, int64_t* words);
 
 // 1, and the tensors' addresses, where all tensors are what the words say. The caller compares the numbers of tensors.
 SPG_API int32_t spg_locate_tensors(const SpgPython* python, void* lists, const int64_t* words, uint64_t* addresses);

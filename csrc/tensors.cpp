@@ -48,9 +48,10 @@ bool visit_all(const SpgPython& python, void* lists, Visit visit) {
       if (i < length) {
         // After a pass over a model its tensors' records are in no cache. A record is what a tensor object points to behind its
         // header; were it elsewhere, no more than the hint would be lost.
-        void* const* object = static_cast<void* const*>(python.list_item(list, i));
-        if (!is_plain(python, python.list_item(list, i))) return false;
-        for (int64_t line = 0; line < 3; ++line) __builtin_prefetch(static_cast<const char*>(object[2]) + 64 * line);
+        void* object = python.list_item(list, i);
+        if (!is_plain(python, object)) return false;
+        const char* record = static_cast<const char* const*>(object)[2];
+        for (int64_t line = 0; line < 3; ++line) __builtin_prefetch(record + 64 * line);
       }
       DLTensor tensor;
       if (i >= AHEAD && (python.describe(python.list_item(list, i - AHEAD), &tensor) || !visit(tensor))) return false;
@@ -61,19 +62,21 @@ bool visit_all(const SpgPython& python, void* lists, Visit visit) {
 
 }  // namespace
 
-int64_t spg_describe_tensors(const SpgPython* python, void* lists, int64_t* words, int64_t capacity) {
+int64_t spg_describe_tensors(const SpgPython* python, void* lists, int64_t* words) {
   int64_t used = 0;
   const bool whole = visit_all(*python, lists, [&](const DLTensor& tensor) {
-    if (used + HEADER + 2 * tensor.ndim > capacity) return false;
-    describe(tensor, words + used);
-    used += HEADER;
-    for (int32_t k = 0; k < tensor.ndim; ++k) {
-      words[used++] = tensor.shape[k];
-      words[used++] = tensor.strides[k];
+    if (words) {
+      describe(tensor, words);
+      words += HEADER;
+      for (int32_t k = 0; k < tensor.ndim; ++k) {
+        *words++ = tensor.shape[k];
+        *words++ = tensor.strides[k];
+      }
     }
+    used += HEADER + 2 * tensor.ndim;
     return true;
   });
-  python->clear_error();
+  if (!whole) python->clear_error();
   return whole ? used : -1;
 }
 

@@ -186,10 +186,11 @@ def _call(op: str, *lists: list[Tensor], backend: str, **kwargs):
 
 def has_kernels(tensors: list[Tensor], backend: str) -> bool:
     """Whether `backend` has kernels for parameters of these devices and dtypes."""
-    device_types = {device.type for device in {t.device for t in tensors}}
-    chosen = [(resolve(backend, device_type), device_type) for device_type in device_types]
-    return ({t.dtype for t in tensors} <= {*DTYPES}
-            and all(module is not reference and module.PLANS.device_type == device_type for module, device_type in chosen))
+    def has_one(device: torch.device, dtype: torch.dtype) -> bool:
+        chosen = resolve(backend, device.type)
+        return dtype in DTYPES and chosen is not reference and chosen.PLANS.device_type == device.type
+
+    return all(has_one(*kind) for kind in {(t.device, t.dtype) for t in tensors})
 
 
 class Call(NamedTuple):

@@ -110,31 +110,31 @@ def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Te
         param.copy_(blend(param, old, gamma))
 
 
+def _entering(params, grads, gammas, maximize, mask, grad_scale, found_inf):
+    """(i, parameter, gradient as it enters the step) of every tensor, in opmath; of none if `found_inf`."""
+    factor = 1 if grad_scale is None else float(grad_scale.double().reciprocal().float())  # rounded as GradScaler.unscale_ does
+    for i, (param, grad, gamma) in enumerate(() if found_inf else zip(params, grads, gammas, strict=True)):
+        grad = grad.to(opmath(param)) * (-factor if maximize else factor)
+        yield i, param.to(grad.dtype), scale(grad, gamma) if mask == "gradient" else grad
+
+
 def masked_sgd_(params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
                 maximize=False, is_first_step=False, mask="update", grad_scale=None, found_inf=None) -> None:
     """One step of torch.optim.SGD under the soft mask, in place; none if `found_inf`. `momentum_buffers` is empty without."""
-    for i, (param, grad, gamma) in enumerate(() if found_inf else zip(params, grads, gammas, strict=True)):
-        old = param.to(opmath(param))
-        grad = (-grad if maximize else grad).to(old.dtype)
-        grad = grad if grad_scale is None else grad * float(grad_scale.double().reciprocal().float())  # as GradScaler.unscale_
-        grad = scale(grad, gamma) if mask == "gradient" else grad
+    for i, old, grad in _entering(params, grads, gammas, maximize, mask, grad_scale, found_inf):
         grad = grad + weight_decay * old if weight_decay else grad
         if momentum:
             buffer = grad if is_first_step else momentum * momentum_buffers[i].to(old.dtype) + (1 - dampening) * grad
             momentum_buffers[i].copy_(buffer)
             grad = grad + momentum * buffer if nesterov else buffer
         new = old - lr * grad
-        param.copy_(blend(new, old, gamma) if mask == "update" else new)
+        params[i].copy_(blend(new, old, gammas[i]) if mask == "update" else new)
 
 
 def masked_adamw_(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *, lr, beta1=0.9, beta2=0.999,
                   eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False, mask="update", grad_scale=None, found_inf=None):
     """The same of torch.optim.AdamW (`decoupled`) or Adam. Without amsgrad no `max_exp_avg_sqs`."""
-    for i, (param, grad, gamma) in enumerate(() if found_inf else zip(params, grads, gammas, strict=True)):
-        old = param.to(opmath(param))
-        grad = (-grad if maximize else grad).to(old.dtype)
-        grad = grad if grad_scale is None else grad * float(grad_scale.double().reciprocal().float())  # as GradScaler.unscale_
-        grad = scale(grad, gamma) if mask == "gradient" else grad
+    for i, old, grad in _entering(params, grads, gammas, maximize, mask, grad_scale, found_inf):
         new = old * (1 - lr * weight_decay) if decoupled else old
         grad = grad if decoupled else grad + weight_decay * old
         step = float(state_steps[i].add_(1))
@@ -146,4 +146,4 @@ def masked_adamw_(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
             exp_avg_sq = torch.maximum(max_exp_avg_sqs[i], exp_avg_sq)
             max_exp_avg_sqs[i].copy_(exp_avg_sq)
         new = new - lr / (1 - beta1**step) * exp_avg / (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5 + eps)
-        param.copy_(blend(new, old, gamma) if mask == "update" else new)
+        params[i].copy_(blend(new, old, gammas[i]) if mask == "update" else new)

@@ -2,19 +2,21 @@
 
 import ctypes
 import functools
-from ctypes import c_double, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY = Path(__file__).with_name("libspg_kernels.so")
+# What functions return, and what they take.
 _SIGNATURES = {
-    "spg_accumulate_importance": [c_int64] + [c_void_p] * 6 + [c_int32],
-    "spg_soft_mask": [c_int64] + [c_void_p] * 5 + [c_int32],
-    "spg_update_mask": [c_int64] + [c_void_p] * 6 + [c_int32],
-    "spg_masked_sgd": [c_int64] + [c_void_p] * 8 + [c_double] * 5 + [c_int32] * 4,
-    "spg_masked_adamw": [c_int64] + [c_void_p] * 11 + [c_double] * 6 + [c_int32] * 3,
-    "spg_read_floats": [c_int64, c_void_p, c_void_p],
-    "spg_increment_floats": [c_int64, c_void_p],
+    "spg_isa": (c_char_p, []),
+    "spg_accumulate_importance": (c_int32, [c_int64] + [c_void_p] * 6 + [c_int32]),
+    "spg_soft_mask": (c_int32, [c_int64] + [c_void_p] * 5 + [c_int32]),
+    "spg_update_mask": (c_int32, [c_int64] + [c_void_p] * 6 + [c_int32]),
+    "spg_masked_sgd": (c_int32, [c_int64] + [c_void_p] * 8 + [c_double] * 5 + [c_int32] * 4),
+    "spg_masked_adamw": (c_int32, [c_int64] + [c_void_p] * 11 + [c_double] * 6 + [c_int32] * 3),
+    "spg_read_floats": (None, [c_int64, c_void_p, c_void_p]),
+    "spg_increment_floats": (None, [c_int64, c_void_p]),
 }
 
 
@@ -29,8 +31,6 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{LIBRARY.name} does not load: {error}"
     if library.spg_abi_version() != ABI_VERSION:
         return None, f"{LIBRARY.name} is of another version; reinstall the package"
-    for name, argtypes in _SIGNATURES.items():
-        getattr(library, name).argtypes = argtypes
-        getattr(library, name).restype = c_int32
-    library.spg_isa.restype = ctypes.c_char_p
+    for name, (restype, argtypes) in _SIGNATURES.items():
+        getattr(library, name).restype, getattr(library, name).argtypes = restype, argtypes
     return library, None

@@ -37,8 +37,8 @@ class Plan:
         self.refused: dict[int, str] = {i: reason for i, reason in reasons if reason}
         self.launch: Any = None if self.refused else build(op, named)
         self._locate = None if self.refused else locator(lists)
-        # A negated view that autograd makes is an imaginary part, of every second element: dense where there is only one. Of what
-        # as_strided makes of it, and torch's private _neg_view, a call with unlike tensors before or none takes notice.
+        # A negated view is an imaginary part, of every second element, so it lies densely where there is only one. What makes
+        # others of it, as_strided and torch's private _neg_view, is noticed when a plan is made, not by every call.
         self._may_be_negated = [(k, i) for k, tensors in enumerate(lists) if LISTS[op][k] != "state_steps"
                                 for i, tensor in enumerate(tensors) if tensor.numel() == 1]
         self._disjoint_at: set[bytes] = set()

@@ -4,6 +4,7 @@ To ask every tensor from Python costs more than a step. One call into C++ asks t
 torch offer, or, before torch 2.10 and where `csrc/` was not built, with a guard of torch's compiler and an address at a time.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -23,7 +24,6 @@ except ImportError:
 
 Lists = tuple[list[Tensor], ...]
 PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its numbers elsewhere: DTensor, FakeTensor
-_WORDS = 3  # of a tensor's description, besides two for each dimension
 
 
 class _Python(ctypes.Structure):
@@ -59,22 +59,25 @@ def _functions() -> tuple[ctypes.PyDLL, _Python] | None:
     names = ("PyTuple_Size", "PyTuple_GetItem", "PyList_Size", "PyList_GetItem", "PyObject_Type", "Py_DecRef", "PyErr_Clear")
     functions = [ctypes.cast(getattr(python, name), c_void_p).value for name in names]
     held = ctypes.PyDLL(str(library.LIBRARY))
-    held.spg_describe_tensors.argtypes, held.spg_describe_tensors.restype = [c_void_p, py_object, c_void_p, c_int64], c_int64
+    held.spg_describe_tensors.argtypes, held.spg_describe_tensors.restype = [c_void_p, py_object, c_void_p], c_int64
     held.spg_locate_tensors.argtypes, held.spg_locate_tensors.restype = [c_void_p, py_object, c_void_p, c_void_p], c_int32
     return held, _Python(*functions, exchange.describe, id(Tensor), id(torch.nn.Parameter))
 
 
 class _Described:
-    """What some tensors are, to find others like them by."""
+    """What some tensors are, to find others like them by. TypeError where C++ cannot tell."""
 
     def __init__(self, lists: Lists, held: ctypes.PyDLL, python: _Python):
         self._locate = held.spg_locate_tensors
         self._python = ctypes.addressof(python)
         self._lengths = list(map(len, lists))
         self._addresses = array("Q", [0]) * sum(self._lengths)
-        self._words = array("q", [0]) * sum(_WORDS + 2 * tensor.dim() for tensors in lists for tensor in tensors)
+        words = held.spg_describe_tensors(self._python, lists, None)
+        if words < 0:
+            raise TypeError("lists: expected lists of plain tensors with memory of their own")
+        self._words = array("q", [0]) * words
         self._known = self._words.buffer_info()[0]
-        self.whole = held.spg_describe_tensors(self._python, lists, self._known, len(self._words)) == len(self._words)
+        held.spg_describe_tensors(self._python, lists, self._known)
 
     def __call__(self, lists: Lists) -> array | None:
         if list(map(len, lists)) != self._lengths:
@@ -87,9 +90,10 @@ def locator(lists: Lists) -> Callable[[Lists], array | None]:
     """A function that gives the addresses of tensors of the same dtypes, devices, shapes and strides as these, in lists as
     long; None for others. It keeps no reference to a tensor. Negated views are not always told from others.
     """
-    functions = _functions()
-    described = None if functions is None else _Described(lists, *functions)
-    return described if described is not None and described.whole else _by_guard(lists)
+    if (functions := _functions()) is not None:
+        with contextlib.suppress(TypeError):
+            return _Described(lists, *functions)
+    return _by_guard(lists)
 
 
 def _by_guard(lists: Lists) -> Callable[[Lists], array | None]:
