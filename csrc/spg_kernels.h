@@ -78,11 +78,11 @@ typedef struct {
 } SpgPython;
 
 // Both are called with Python's lock held. `lists` is a tuple of lists of tensors.
-// What the tensors are: device, dtype, shape and strides of each, one after the other, unless words is NULL. Returns the
-// number of words, or -1 where something is no list or no plain tensor with memory of its own.
+// What the tensors are: how many, and device, dtype, shape and strides of each, one after the other, unless words is NULL.
+// Returns the number of words, or -1 where something is no list or no plain tensor with memory of its own.
 SPG_API int64_t spg_describe_tensors(const SpgPython* python, void* lists, int64_t* words);
 
-// 1, and the tensors' addresses, where all tensors are what the words say. The caller compares the numbers of tensors.
+// 1, and the tensors' addresses, where all tensors are what the words say, no more and no fewer.
 SPG_API int32_t spg_locate_tensors(const SpgPython* python, void* lists, const int64_t* words, uint64_t* addresses);
 
 // The n floats at these addresses, such as step counts that live in a tensor each: read into values; one more for each.

@@ -20,14 +20,7 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
-constexpr int64_t HEADER = 3;  // words of a description before shape and strides
-constexpr int64_t AHEAD = 8;   // tensors
-
-void describe(const DLTensor& tensor, int64_t header[HEADER]) {
-  header[0] = static_cast<int64_t>(tensor.device.type) << 32 | static_cast<uint32_t>(tensor.device.id);
-  header[1] = static_cast<int64_t>(tensor.dtype.lanes) << 16 | tensor.dtype.code << 8 | tensor.dtype.bits;
-  header[2] = tensor.ndim;
-}
+constexpr int64_t AHEAD = 8;  // tensors
 
 bool is_plain(const SpgPython& python, void* object) {
   void* type = python.type_of(object);
@@ -35,14 +28,27 @@ bool is_plain(const SpgPython& python, void* object) {
   return type == python.tensor_type || type == python.parameter_type;
 }
 
-// Calls visit(tensor) for every tensor of a tuple of lists, in order. False where it says so, and where something is no list,
-// no plain tensor, or a tensor without memory of its own.
-template <typename Visit>
-bool visit_all(const SpgPython& python, void* lists, Visit visit) {
-  for (int64_t l = 0, count = python.tuple_size(lists); l < count; ++l) {
+template <typename Word>
+bool describe(const DLTensor& tensor, Word word) {
+  if (!word(static_cast<int64_t>(tensor.device.type) << 32 | static_cast<uint32_t>(tensor.device.id))) return false;
+  if (!word(static_cast<int64_t>(tensor.dtype.lanes) << 16 | tensor.dtype.code << 8 | tensor.dtype.bits)) return false;
+  if (!word(tensor.ndim)) return false;
+  for (int32_t k = 0; k < tensor.ndim; ++k) {
+    if (!word(tensor.shape[k]) || !word(tensor.strides[k])) return false;
+  }
+  return true;
+}
+
+// Describes a tuple of lists of tensors in words, word(w) each, and calls visit(tensor) after a tensor's words. False where
+// either says so, and where something is no list, no plain tensor, or a tensor without memory of its own.
+template <typename Word, typename Visit>
+bool describe_all(const SpgPython& python, void* lists, Word word, Visit visit) {
+  const int64_t count = python.tuple_size(lists);
+  if (count < 0 || !word(count)) return false;
+  for (int64_t l = 0; l < count; ++l) {
     void* list = python.tuple_item(lists, l);
     const int64_t length = python.list_size(list);
-    if (length < 0) return false;
+    if (length < 0 || !word(length)) return false;
     for (int64_t i = 0; i < length + AHEAD; ++i) {
       if (i + AHEAD < length) __builtin_prefetch(python.list_item(list, i + AHEAD));
       if (i < length) {
@@ -53,49 +59,41 @@ bool visit_all(const SpgPython& python, void* lists, Visit visit) {
         const char* record = static_cast<const char* const*>(object)[2];
         for (int64_t line = 0; line < 3; ++line) __builtin_prefetch(record + 64 * line);
       }
+      if (i < AHEAD) continue;
       DLTensor tensor;
-      if (i >= AHEAD && (python.describe(python.list_item(list, i - AHEAD), &tensor) || !visit(tensor))) return false;
+      if (python.describe(python.list_item(list, i - AHEAD), &tensor)) return false;
+      if (!describe(tensor, word) || !visit(tensor)) return false;
     }
   }
   return true;
+}
+
+bool has_memory(const DLTensor& tensor) {
+  for (int32_t k = 0; k < tensor.ndim; ++k) {
+    if (tensor.shape[k] == 0) return true;  // all that it needs
+  }
+  return tensor.data;
 }
 
 }  // namespace
 
 int64_t spg_describe_tensors(const SpgPython* python, void* lists, int64_t* words) {
   int64_t used = 0;
-  const bool whole = visit_all(*python, lists, [&](const DLTensor& tensor) {
-    if (words) {
-      describe(tensor, words);
-      words += HEADER;
-      for (int32_t k = 0; k < tensor.ndim; ++k) {
-        *words++ = tensor.shape[k];
-        *words++ = tensor.strides[k];
-      }
-    }
-    used += HEADER + 2 * tensor.ndim;
+  const auto keep = [&](int64_t word) {
+    if (words) words[used] = word;
+    ++used;
     return true;
-  });
+  };
+  const bool whole = describe_all(*python, lists, keep, [](const DLTensor&) { return true; });
   if (!whole) python->clear_error();
   return whole ? used : -1;
 }
 
 int32_t spg_locate_tensors(const SpgPython* python, void* lists, const int64_t* words, uint64_t* addresses) {
-  const bool alike = visit_all(*python, lists, [&](const DLTensor& tensor) {
-    int64_t header[HEADER];
-    describe(tensor, header);
-    for (int64_t k = 0; k < HEADER; ++k) {
-      if (header[k] != words[k]) return false;
-    }
-    words += HEADER;
-    bool has_memory = tensor.data;
-    for (int32_t k = 0; k < tensor.ndim; ++k, words += 2) {
-      if (words[0] != tensor.shape[k] || words[1] != tensor.strides[k]) return false;
-      has_memory |= tensor.shape[k] == 0;  // all that it needs
-    }
-    if (!has_memory) return false;
+  const auto is_next = [&](int64_t word) { return word == *words++; };
+  const bool alike = describe_all(*python, lists, is_next, [&](const DLTensor& tensor) {
     *addresses++ = reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset;
-    return true;
+    return has_memory(tensor);
   });
   if (!alike) python->clear_error();
   return alike;

@@ -19,7 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch._C import _len_torch_dispatch_stack
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 from . import reference
 from .backends.plans import DTYPES, LISTS, Plan
@@ -82,16 +84,32 @@ def resolve(backend: str, device_type: str) -> ModuleType:
     return backend_module(backend)
 
 
+@functools.cache
+def _modules(backend: str) -> list[ModuleType]:
+    """The modules whose plans may serve `backend`, whether or not they run here."""
+    if backend != "auto":
+        return [backend_module(backend)] if backend in _MODULES else []
+    return [module for module in map(backend_module, _MODULES) if module.PLANS.device_type in module.DEVICE_TYPES]
+
+
+def _known(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan, array] | None:
+    """The backend that has a plan for tensors like these, the plan, and their addresses."""
+    for module in _modules(backend):  # plans know their devices; to ask a tensor for its own takes longer
+        if known := module.PLANS.known(op, lists):
+            return module, *known
+    return None
+
+
 def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None, array | None]:
     """The backend that will run `op`, with its plan for these tensors and their addresses; the reference needs none.
 
     Raises:
         ValueError, TypeError: lists that do not match. BackendError: a backend asked for by name cannot take some tensor.
     """
-    chosen = resolve(backend, lists[0][0].device.type)
-    if chosen is not reference and (known := chosen.PLANS.known(op, lists)):
-        return chosen, *known
+    if known := _known(op, lists, backend):
+        return known
     CHECKS[op](*lists)  # what is like some tensors that have passed passes
+    chosen = resolve(backend, lists[0][0].device.type)
     if chosen is reference:
         return reference, None, None
     plan, addresses = chosen.PLANS.make(op, lists)
@@ -165,18 +183,14 @@ _LIBRARY = torch.library.Library("spg_kernels", "DEF")
 def _run(op: str, lists: Lists, kwargs: dict, backend: str):
     """Run `op` now, and tell autograd what was written."""
     result = _execute(op, lists, kwargs, backend)
-    # Kernels write through raw pointers, which it cannot see.
-    torch.autograd.graph.increment_version([t for i in _MUTATED[op] for t in lists[i]])
+    for i in _MUTATED[op]:
+        increment_version(lists[i])  # kernels write through raw pointers, which it cannot see
     return result
 
 
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-
-
-def _call(op: str, *lists: list[Tensor], backend: str, **kwargs):
+def _call(op: str, lists: Lists, backend: str, **kwargs):
     """Run `op`, through torch's dispatcher only where somebody traces it: with long lists the way there costs more than a step."""
-    if not _traced():
+    if not is_compiling() and not _len_torch_dispatch_stack():
         return _run(op, lists, kwargs, backend)
     CHECKS[op](*lists)
     # Named, or a tensor lr would become a float, which on a GPU is a synchronization.
@@ -206,16 +220,19 @@ def try_calls(calls: list[Call], common: dict, backend: str) -> bool:
     calls = [call for call in calls if call.lists[0]]
     if calls:  # a GradScaler that saw no gradient has no tensors to give
         check_scaler(common["grad_scale"], common["found_inf"])
-    if torch.compiler.is_compiling():
+    if is_compiling():
         for op, lists, settings in calls:
-            _call(op, *lists, backend=backend, **settings, **common)
+            _call(op, lists, backend, **settings, **common)
         return True
     ready = []
     for op, lists, settings in calls:
-        chosen = resolve(backend, lists[0][0].device.type)
-        if chosen is reference:
-            return False
-        plan, addresses = chosen.PLANS.known(op, lists) or chosen.PLANS.make(op, lists)
+        known = _known(op, lists, backend)
+        if known is None:
+            chosen = resolve(backend, lists[0][0].device.type)
+            if chosen is reference:
+                return False
+            known = chosen, *chosen.PLANS.make(op, lists)
+        chosen, plan, addresses = known
         if addresses is None:
             index, reason = plan.first_refusal()
             log.debug("%s: the generic step instead, because tensor %d of %d %s", op, index, len(lists[0]), reason)
@@ -224,7 +241,7 @@ def try_calls(calls: list[Call], common: dict, backend: str) -> bool:
     for run, launch, addresses, lists, settings in ready:
         run(launch, addresses, lists, **settings, **common)
         # Of what a step writes, a graph can only have saved the parameters.
-        torch.autograd.graph.increment_version(lists[0])
+        increment_version(lists[0])
     return True
 
 
@@ -265,7 +282,7 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def _require_finite(finite: Tensor, names: list[str]) -> None:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         torch._assert_async(finite.all(), "spg_kernels: inf or NaN in a gradient, its importance is unchanged")
     elif not finite.all():
         raise NonFiniteGradientError([name for name, ok in zip(names, finite.reshape(-1).tolist()) if not ok])
@@ -285,7 +302,7 @@ def importance(grad: Tensor, *, backend: str = "auto") -> Tensor:
         NonFiniteGradientError: `grad` holds an inf or a NaN.
     """
     check_floating("grad", [grad], complex_too=True)
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if is_compiling() or _len_torch_dispatch_stack():
         value, finite = torch.ops.spg_kernels.importance(grad, backend=backend)
     else:
         value, finite = _importance(grad, backend)
@@ -310,7 +327,7 @@ def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor], *, backend
 
 def fold(gammas: list[Tensor], grads: list[Tensor], names: list[str], backend: str) -> None:
     """`accumulate_importance_` with the names that a NonFiniteGradientError reports."""
-    _require_finite(_call("accumulate_importance_", gammas, grads, backend=backend), names)
+    _require_finite(_call("accumulate_importance_", (gammas, grads), backend), names)
 
 
 def soft_mask_(grads: list[Tensor], gammas: list[Tensor], *, backend: str = "auto") -> None:
@@ -324,7 +341,7 @@ def soft_mask_(grads: list[Tensor], gammas: list[Tensor], *, backend: str = "aut
     Raises:
         ValueError, TypeError: lists that do not match; nothing has changed.
     """
-    _call("soft_mask_", grads, gammas, backend=backend)
+    _call("soft_mask_", (grads, gammas), backend)
 
 
 def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Tensor], *, backend: str = "auto") -> None:
@@ -332,7 +349,7 @@ def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Te
 
     Exactly `old_i` where gamma = 1 and exactly `param_i` where gamma = 0. Arguments and errors as in `soft_mask_`.
     """
-    _call("update_mask_", params, old_params, gammas, backend=backend)
+    _call("update_mask_", (params, old_params, gammas), backend)
 
 
 def masked_sgd_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor], momentum_buffers: list[Tensor] = (), *,
@@ -358,9 +375,9 @@ def masked_sgd_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor],
     check_scaler(grad_scale, found_inf)
     if momentum and len(momentum_buffers) != len(params):
         raise ValueError(f"momentum_buffers: expected {len(params)} tensors with momentum = {momentum}, got {len(momentum_buffers)}")
-    _call("masked_sgd_", params, grads, gammas, list(momentum_buffers) if momentum else [], lr=lr, momentum=momentum,
-          dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
-          is_first_step=is_first_step, mask=mask, grad_scale=grad_scale, found_inf=found_inf, backend=backend)
+    _call("masked_sgd_", (params, grads, gammas, list(momentum_buffers) if momentum else []), backend, lr=lr,
+          momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
+          is_first_step=is_first_step, mask=mask, grad_scale=grad_scale, found_inf=found_inf)
 
 
 def masked_adamw_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor], exp_avgs: list[Tensor],
@@ -384,6 +401,6 @@ def masked_adamw_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor
     """
     check_mask(mask)
     check_scaler(grad_scale, found_inf)
-    _call("masked_adamw_", params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr=lr, beta1=beta1,
-          beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, mask=mask,
-          grad_scale=grad_scale, found_inf=found_inf, backend=backend)
+    _call("masked_adamw_", (params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps), backend, lr=lr,
+          beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, mask=mask,
+          grad_scale=grad_scale, found_inf=found_inf)

@@ -36,19 +36,9 @@ class Plan:
                    for i in range(len(lists[0])))
         self.refused: dict[int, str] = {i: reason for i, reason in reasons if reason}
         self.launch: Any = None if self.refused else build(op, named)
-        self._locate = None if self.refused else locator(lists)
-        # A negated view is an imaginary part, of every second element, so it lies densely where there is only one. What makes
-        # others of it, as_strided and torch's private _neg_view, is noticed when a plan is made, not by every call.
-        self._may_be_negated = [(k, i) for k, tensors in enumerate(lists) if LISTS[op][k] != "state_steps"
-                                for i, tensor in enumerate(tensors) if tensor.numel() == 1]
+        # The addresses of tensors that are like this plan's own in all but addresses and numbers; None for others.
+        self.locate: Callable[[Lists], array | None] = (lambda others: None) if self.refused else _locator(op, lists)
         self._disjoint_at: set[bytes] = set()
-
-    def locate(self, lists: Lists) -> array | None:
-        """The addresses of tensors that are like this plan's own in all but addresses and numbers; None for others."""
-        addresses = self._locate(lists)
-        if addresses is None or any(lists[k][i].is_neg() for k, i in self._may_be_negated):
-            return None
-        return addresses
 
     def is_disjoint(self, addresses: array) -> bool:
         """Whether tensors like these, at these addresses, are known to share no memory with what the call writes."""
@@ -89,6 +79,22 @@ class Plans:
         while len(self._plans) > _KEYS:
             self._plans.pop(next(iter(self._plans)), None)
         return plan, addresses_of(lists)
+
+
+def _locator(op: str, lists: Lists) -> Callable[[Lists], array | None]:
+    # A negated view is an imaginary part, of every second element, so it lies densely where there is only one. What makes
+    # others of it, as_strided and torch's private _neg_view, is noticed when a plan is made, not by every call.
+    may_be_negated = [(k, i) for k, tensors in enumerate(lists) if LISTS[op][k] != "state_steps"
+                      for i, tensor in enumerate(tensors) if tensor.numel() == 1]
+    locate = locator(lists)
+    if not may_be_negated:
+        return locate
+
+    def locate_unless_negated(others: Lists) -> array | None:
+        addresses = locate(others)
+        return addresses if addresses and not any(others[k][i].is_neg() for k, i in may_be_negated) else None
+
+    return locate_unless_negated
 
 
 def is_one_value(op: str, gamma: Tensor) -> bool:

@@ -59,31 +59,24 @@ def _functions() -> tuple[ctypes.PyDLL, _Python] | None:
     names = ("PyTuple_Size", "PyTuple_GetItem", "PyList_Size", "PyList_GetItem", "PyObject_Type", "Py_DecRef", "PyErr_Clear")
     functions = [ctypes.cast(getattr(python, name), c_void_p).value for name in names]
     held = ctypes.PyDLL(str(library.LIBRARY))
-    held.spg_describe_tensors.argtypes, held.spg_describe_tensors.restype = [c_void_p, py_object, c_void_p], c_int64
-    held.spg_locate_tensors.argtypes, held.spg_locate_tensors.restype = [c_void_p, py_object, c_void_p, c_void_p], c_int32
+    table = ctypes.POINTER(_Python)
+    held.spg_describe_tensors.argtypes, held.spg_describe_tensors.restype = [table, py_object, c_void_p], c_int64
+    held.spg_locate_tensors.argtypes, held.spg_locate_tensors.restype = [table, py_object, c_void_p, c_void_p], c_int32
     return held, _Python(*functions, exchange.describe, id(Tensor), id(torch.nn.Parameter))
 
 
-class _Described:
-    """What some tensors are, to find others like them by. TypeError where C++ cannot tell."""
+def _by_description(lists: Lists, held: ctypes.PyDLL, python: _Python) -> Callable[[Lists], array | None]:
+    words = held.spg_describe_tensors(python, lists, None)
+    if words < 0:
+        raise TypeError("lists: expected lists of plain tensors with memory of their own")
+    description, blank = (c_int64 * words)(), array("Q", [0]) * sum(map(len, lists))
+    held.spg_describe_tensors(python, lists, description)
 
-    def __init__(self, lists: Lists, held: ctypes.PyDLL, python: _Python):
-        self._locate = held.spg_locate_tensors
-        self._python = ctypes.addressof(python)
-        self._lengths = list(map(len, lists))
-        self._addresses = array("Q", [0]) * sum(self._lengths)
-        words = held.spg_describe_tensors(self._python, lists, None)
-        if words < 0:
-            raise TypeError("lists: expected lists of plain tensors with memory of their own")
-        self._words = array("q", [0]) * words
-        self._known = self._words.buffer_info()[0]
-        held.spg_describe_tensors(self._python, lists, self._known)
+    def locate(others: Lists) -> array | None:
+        addresses = blank[:]
+        return addresses if held.spg_locate_tensors(python, others, description, addresses.buffer_info()[0]) else None
 
-    def __call__(self, lists: Lists) -> array | None:
-        if list(map(len, lists)) != self._lengths:
-            return None
-        addresses = self._addresses[:]
-        return addresses if self._locate(self._python, lists, self._known, addresses.buffer_info()[0]) else None
+    return locate
 
 
 def locator(lists: Lists) -> Callable[[Lists], array | None]:
@@ -92,7 +85,7 @@ def locator(lists: Lists) -> Callable[[Lists], array | None]:
     """
     if (functions := _functions()) is not None:
         with contextlib.suppress(TypeError):
-            return _Described(lists, *functions)
+            return _by_description(lists, *functions)
     return _by_guard(lists)
 
 
