@@ -29,11 +29,16 @@ def pytest_configure(config):
     if config.getoption("--record") and machine.library_is_stale():
         raise pytest.UsageError("--record: csrc/ is newer than the shared library; build it first: "
                                 "python setup.py build_ext --inplace")
+    unequal = machine.unequal_isas()
+    if unequal and config.getoption("--record") and config.getoption("--device") == "cpu":
+        raise pytest.UsageError(f"--record: {unequal}; cap both, as in SPG_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2")
 
 
 def pytest_report_header(config):
     device = config.getoption("--device")
-    return f"bench: {machine.device_name(device)}, {machine.cache_bytes(device) / 2**20:.0f} MiB last-level cache"
+    header = f"bench: {machine.device_name(device)}, {machine.cache_bytes(device) / 2**20:.0f} MiB last-level cache"
+    unequal = machine.unequal_isas()
+    return f"{header}; {unequal}" if unequal and device == "cpu" else header
 
 
 def pytest_generate_tests(metafunc):

@@ -85,6 +85,18 @@ def _isa() -> str:
     return native.describe().split(",")[0] if native.unavailable() is None else "no native kernels"
 
 
+def _torch_isa() -> str:
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
+def unequal_isas() -> str | None:
+    """The instruction sets of our CPU kernels and of torch's where one uses AVX that the other does not."""
+    ours, torchs = _isa(), _torch_isa()
+    if native.unavailable() is not None or ours == torchs or "avx" not in ours + torchs:
+        return None
+    return f"{ours} in spg_kernels, {torchs} in torch"
+
+
 def _compiler(device_type: str) -> str:
     """What compiled the kernels: the compiler that signed the shared library, or the CUDA that torch was built with."""
     if device_type == "cuda":
@@ -143,8 +155,8 @@ def stamp(device_type: str) -> dict[str, str]:
         triton = "none"
     return {
         "device": device_type, "machine": machine, "isa": _isa() if device_type == "cpu" else "",
-        "threads": str(torch.get_num_threads()), "torch": torch.__version__, "triton": triton,
-        "compiler": _compiler(device_type),
+        "threads": str(torch.get_num_threads()), "triton": triton, "compiler": _compiler(device_type),
+        "torch": torch.__version__ + (f" ({_torch_isa()})" if device_type == "cpu" else ""),
         "commit": (_git("rev-parse", "--short", "HEAD") or "unknown") + changed, "sources": sources_digest(device_type),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }

@@ -9,6 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# inductor's cache on disk serves a loop that was generated under another ATEN_CPU_CAPABILITY and compiles it for this one: then
+# it steps 16 elements and writes 8, or the other way round.
+torch.compiler.config.cache_key_tag += f" {torch.backends.cpu.get_cpu_capability()}"
+
 # Importance: gamma <- max(gamma, |tanh((g - mean) / std)|)
 
 

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from . import report, results, targets
+from . import machine, report, results, targets
 from .machine import sources_digest
 from .timing import COPY, Row
 
@@ -99,3 +99,13 @@ def test_a_record_replaces_its_own_cases_only(tmp_path, monkeypatch):
     rows = {row["pass_name"]: row for row in results.load(path)}
     assert rows["adamw"]["median_us"] == 1 and rows["adamw"]["extra_mib"] == 0.5 and rows["adamw"]["host_us"] is None
     assert rows["sgd"]["median_us"] == 3 and len(rows) == 2
+
+
+@pytest.mark.parametrize(("ours", "torchs", "unequal"), [
+    ("avx2", "AVX2", False), ("avx2", "AVX512", True), ("baseline", "AVX2", True), ("baseline", "DEFAULT", False),
+    ("baseline", "SVE256", False)])
+def test_instruction_sets_that_do_not_compare(ours, torchs, unequal, monkeypatch):
+    monkeypatch.setattr(machine, "_isa", lambda: ours)
+    monkeypatch.setattr(machine.native, "unavailable", lambda: None)
+    monkeypatch.setattr(machine.torch.backends.cpu, "get_cpu_capability", lambda: torchs)
+    assert bool(machine.unequal_isas()) == unequal

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #define SPG_TABLE(name) \
   const Kernels table = {name, first_element, moments, fold, soft_mask, update_mask, sgd, adam}

@@ -38,6 +38,17 @@ static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, const 
   }
 }
 
+// body(true or false, as a type): a loop for each of the two. Options that stay data cost instructions, three apiece in 256-bit
+// loops, so the usual options are constants in a loop of their own.
+template <class Body>
+static inline void with_choice(bool choice, const Body& body) {
+  if (choice) {
+    body(std::true_type());
+  } else {
+    body(std::false_type());
+  }
+}
+
 // A select and not a product alone: 0 * inf is NaN, and a protected parameter must not see it.
 static inline float masked(float g, float f) { return select(mask_if(f != 0.0f), g * f, 0.0f); }
 
@@ -90,12 +101,12 @@ static void update_mask(int32_t dtype, void* param, const void* old_param, Gamma
 // In the steps, the mask on the gradient and the mask on the update are one code path: the other factor is 1, and a
 // product with 1 is exact. The fused multiply-adds are where torch's own kernels have them, so that with f = 1 the bits are
 // torch's (SGD) or within rounding (Adam, whose update and decay are one sum here) even where a sum cancels.
-template <bool has_momentum, class Factor>
-static inline void sgd_block(const SgdStep& s, float* __restrict p, const float* __restrict g, float* __restrict buf,
-                             Factor factor, int64_t count) {
+template <class Usual, class Momentum, class Factor>
+static inline void sgd_block(Usual usual, Momentum has_momentum, const SgdStep& s, float* __restrict p,
+                             const float* __restrict g, float* __restrict buf, Factor factor, int64_t count) {
   const float grad_factor = s.grad_factor, lr = s.lr, momentum = s.momentum, share = s.gradient_share, decay = s.weight_decay;
-  const uint32_t on_gradient = mask_if(s.mask_gradient), decays = mask_if(decay != 0.0f);
-  const uint32_t first = mask_if(s.first), nesterov = mask_if(s.nesterov);
+  const uint32_t on_gradient = mask_if(!usual && s.mask_gradient), decays = mask_if(decay != 0.0f);
+  const uint32_t first = mask_if(!usual && s.first), nesterov = mask_if(!usual && s.nesterov);
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) {
     const float f = factor(i);
@@ -112,32 +123,34 @@ static inline void sgd_block(const SgdStep& s, float* __restrict p, const float*
 
 static void sgd(const SgdStep& step, const Sgd& t, Gamma gamma, int64_t begin, int64_t end) {
   float p_scratch[kBlock], g_scratch[kBlock], buf_scratch[kBlock];
+  const bool usual = !step.mask_gradient && !step.first && !step.nesterov;
   const bool in_place = t.dtype == SPG_FLOAT32;  // the state is then float32 too
   const int64_t block = block_size(in_place && gamma.dtype != SPG_CODE8, begin, end);
   for (int64_t b = begin; b < end; b += block) {
     const int64_t count = std::min(block, end - b);
     float* p = read(t.dtype, t.param, b, count, p_scratch);
     const float* g = read(t.dtype, t.grad, b, count, g_scratch);
-    if (t.momentum_buffer) {
-      float* buf = read(t.state_dtype, t.momentum_buffer, b, count, buf_scratch);
-      with_factor(gamma, b, count, [&](auto factor) { sgd_block<true>(step, p, g, buf, factor, count); });
-      write(t.state_dtype, t.momentum_buffer, b, count, buf);
-    } else {
-      with_factor(gamma, b, count, [&](auto factor) { sgd_block<false>(step, p, g, nullptr, factor, count); });
-    }
+    float* buf = t.momentum_buffer ? read(t.state_dtype, t.momentum_buffer, b, count, buf_scratch) : nullptr;
+    with_choice(usual, [&](auto usual_type) {
+      with_choice(buf, [&](auto has_momentum) {
+        with_factor(gamma, b, count, [&](auto factor) { sgd_block(usual_type, has_momentum, step, p, g, buf, factor, count); });
+      });
+    });
+    if (buf) write(t.state_dtype, t.momentum_buffer, b, count, buf);
     write(t.dtype, t.param, b, count, p);
   }
 }
 
-template <bool amsgrad, class Factor>
-static inline void adam_block(const AdamStep& s, float* __restrict p, const float* __restrict g, float* __restrict m,
-                              float* __restrict v, float* __restrict v_max, Factor factor, int64_t count) {
+template <class Usual, class Amsgrad, class Factor>
+static inline void adam_block(Usual usual, Amsgrad amsgrad, const AdamStep& s, float* __restrict p, const float* __restrict g,
+                              float* __restrict m, float* __restrict v, float* __restrict v_max, Factor factor,
+                              int64_t count) {
   const float grad_factor = s.grad_factor, beta2 = s.beta2, square_share = s.exp_avg_sq_share, step_size = s.step_size;
   const float correction = s.inverse_correction2, eps = s.eps, coupled = s.coupled_decay, decoupled = s.decoupled_decay;
-  const uint32_t on_gradient = mask_if(s.mask_gradient);
-  const uint32_t decays_gradient = mask_if(coupled != 0.0f), decays = mask_if(decoupled != 0.0f);
+  const uint32_t on_gradient = mask_if(!usual && s.mask_gradient);
+  const uint32_t decays_gradient = mask_if(!usual && coupled != 0.0f), decays = mask_if(decoupled != 0.0f);
   // lerp(m, d, share) from its nearer end, as torch does: with beta1 = 0 the average is the gradient exactly.
-  const uint32_t from_average = mask_if(s.exp_avg_share < 0.5f);
+  const uint32_t from_average = mask_if(usual || s.exp_avg_share < 0.5f);
   const float share = s.exp_avg_share < 0.5f ? s.exp_avg_share : -s.beta1;
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) {
@@ -162,6 +175,7 @@ static inline void adam_block(const AdamStep& s, float* __restrict p, const floa
 
 static void adam(const AdamStep& step, const Adam& t, Gamma gamma, int64_t begin, int64_t end) {
   float p_scratch[kBlock], g_scratch[kBlock], m_scratch[kBlock], v_scratch[kBlock], max_scratch[kBlock];
+  const bool usual = !step.mask_gradient && step.coupled_decay == 0.0f && step.exp_avg_share < 0.5f;
   const bool in_place = t.dtype == SPG_FLOAT32;
   const int64_t block = block_size(in_place && gamma.dtype != SPG_CODE8, begin, end);
   for (int64_t b = begin; b < end; b += block) {
@@ -170,13 +184,14 @@ static void adam(const AdamStep& step, const Adam& t, Gamma gamma, int64_t begin
     const float* g = read(t.dtype, t.grad, b, count, g_scratch);
     float* m = read(t.state_dtype, t.exp_avg, b, count, m_scratch);
     float* v = read(t.state_dtype, t.exp_avg_sq, b, count, v_scratch);
-    if (t.max_exp_avg_sq) {
-      float* v_max = read(t.state_dtype, t.max_exp_avg_sq, b, count, max_scratch);
-      with_factor(gamma, b, count, [&](auto factor) { adam_block<true>(step, p, g, m, v, v_max, factor, count); });
-      write(t.state_dtype, t.max_exp_avg_sq, b, count, v_max);
-    } else {
-      with_factor(gamma, b, count, [&](auto factor) { adam_block<false>(step, p, g, m, v, nullptr, factor, count); });
-    }
+    float* v_max = t.max_exp_avg_sq ? read(t.state_dtype, t.max_exp_avg_sq, b, count, max_scratch) : nullptr;
+    with_choice(usual, [&](auto usual_type) {
+      with_choice(v_max, [&](auto amsgrad) {
+        with_factor(gamma, b, count,
+                    [&](auto factor) { adam_block(usual_type, amsgrad, step, p, g, m, v, v_max, factor, count); });
+      });
+    });
+    if (v_max) write(t.state_dtype, t.max_exp_avg_sq, b, count, v_max);
     write(t.dtype, t.param, b, count, p);
     write(t.state_dtype, t.exp_avg, b, count, m);
     write(t.state_dtype, t.exp_avg_sq, b, count, v);
