@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import reference
 from .backends.plans import DTYPES, LISTS, Plan
 from .backends.tensors import Lists
-from .checks import CHECKS, GAMMA_DTYPES, MASKS, check_floating, check_mask, check_scaler  # noqa: F401
+from .checks import GAMMA_DTYPES, MASKS, check_floating, check_lists, check_mask, check_scaler, check_tensors  # noqa: F401
 from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
 
@@ -91,7 +91,7 @@ def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None
     chosen = resolve(backend, lists[0][0].device.type)
     if chosen is not reference and (known := chosen.PLANS.known(op, lists)):
         return chosen, *known
-    CHECKS[op](*lists)  # what is like some tensors that have passed passes
+    check_lists(op, lists)  # what is like some tensors that have passed passes
     if chosen is reference:
         return reference, None, None
     plan, addresses = chosen.PLANS.make(op, lists)
@@ -104,8 +104,8 @@ def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None
 
 def _execute(op: str, lists: Lists, kwargs: dict, backend: str):
     """Run `op` on the chosen backend; under "auto", tensors it cannot take go to the reference."""
-    if not lists[0]:
-        CHECKS[op](*lists)
+    if not (all(isinstance(tensors, list | tuple) for tensors in lists) and lists[0] and isinstance(lists[0][0], Tensor)):
+        check_lists(op, lists)  # which lets nothing but empty lists through
         return reference.accumulate_importance_([], []) if op == "accumulate_importance_" else None
     chosen, plan, addresses = choose(op, lists, backend)
     if addresses is not None:
@@ -178,7 +178,7 @@ def _call(op: str, *lists: list[Tensor], backend: str, **kwargs):
     """Run `op`, through torch's dispatcher only where somebody traces it: with long lists the way there costs more than a step."""
     if not _traced():
         return _run(op, lists, kwargs, backend)
-    CHECKS[op](*lists)
+    check_lists(op, lists)
     # Named, or a tensor lr would become a float, which on a GPU is a synchronization.
     overload = "tensor_lr" if isinstance(kwargs.get("lr"), Tensor) else "default"
     return getattr(getattr(torch.ops.spg_kernels, op), overload)(*lists, backend=backend, **kwargs)
@@ -284,6 +284,7 @@ def importance(grad: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         NonFiniteGradientError: `grad` holds an inf or a NaN.
     """
+    check_tensors("grad", [grad])
     check_floating("grad", [grad], complex_too=True)
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         value, finite = torch.ops.spg_kernels.importance(grad, backend=backend)

@@ -65,7 +65,7 @@ class SPGOptimizer(Optimizer):
         self._head_parameters: dict[int, Tensor] = {}
         self._set_up()
         self._find_heads()
-        self._named = {} if named_parameters is None else dict(named_parameters)
+        self._named = {} if named_parameters is None else _as_named(named_parameters)
         self._name_trunk(all_are_named=named_parameters is not None)
         own = {id(p) for p in self._parameters()}
         self._named = {name: p for name, p in self._named.items() if id(p) not in own}  # for groups that are added later
@@ -369,11 +369,22 @@ class SPGOptimizer(Optimizer):
 
 
 def _as_list(heads) -> list[nn.Module | Tensor]:
+    if not isinstance(heads, nn.Module | Iterable):
+        raise TypeError(f"heads: expected modules or parameters, got {type(heads).__name__}")
     heads = [heads] if isinstance(heads, nn.Module | Tensor) else list(heads)
     for i, head in enumerate(heads):
         if not isinstance(head, nn.Module | Tensor):
             raise TypeError(f"heads[{i}]: expected a module or a parameter, got {type(head).__name__}")
     return heads
+
+
+def _as_named(named_parameters) -> dict[str, Tensor]:
+    pairs = list(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
+    for i, pair in enumerate(pairs):
+        if not (isinstance(pair, tuple) and isinstance(pair[0], str)):
+            raise TypeError(f"named_parameters[{i}]: expected (name, parameter), as model.named_parameters() gives them, got "
+                            f"{type(pair).__name__}")
+    return dict(pairs)
 
 
 def _warn_if_undone(inner: Optimizer) -> None:

@@ -368,6 +368,10 @@ def test_arguments_are_checked(net):
         SPGOptimizer(inner, importance_dtype=torch.float16)
     with pytest.raises(TypeError, match=r"heads\[0\]"):
         SPGOptimizer(inner, heads=["head"])
+    with pytest.raises(TypeError, match="heads.*NoneType"):
+        SPGOptimizer(inner, heads=None)
+    with pytest.raises(TypeError, match=r"named_parameters\[0\].*\(name, parameter\).*Parameter"):
+        SPGOptimizer(inner, named_parameters=net.parameters())
     with pytest.raises(ValueError, match=r"named_parameters: param_groups\[0\]\['params'\]\[0\]"):
         SPGOptimizer(inner, heads=net.heads, named_parameters=net.heads.named_parameters())
     other = Importance([("trunk.0.weight", torch.zeros(4))])
