@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .backends.plans import LISTS
+
 MASKS = ("update", "gradient")
 GAMMA_DTYPES = (torch.float32, torch.uint8)
 
@@ -78,8 +80,22 @@ def _check_adamw(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, 
             raise TypeError(f"state_steps[{i}]: expected one float32 value, got {step.dtype} of shape {tuple(step.shape)}")
 
 
-CHECKS = {"accumulate_importance_": _check_accumulate, "soft_mask_": _check_soft_mask, "update_mask_": _check_update_mask,
-          "masked_sgd_": _check_sgd, "masked_adamw_": _check_adamw}
+_CHECKS = {"accumulate_importance_": _check_accumulate, "soft_mask_": _check_soft_mask, "update_mask_": _check_update_mask,
+           "masked_sgd_": _check_sgd, "masked_adamw_": _check_adamw}
+
+
+def check_tensors(name: str, tensors: list[Tensor]) -> None:
+    if not isinstance(tensors, list | tuple):
+        raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):  # as the gradient of a parameter that was not used, None
+            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(tensor).__name__}")
+
+
+def check_lists(op: str, lists: tuple[list[Tensor], ...]) -> None:
+    for name, tensors in zip(LISTS[op], lists):
+        check_tensors(name, tensors)
+    _CHECKS[op](*lists)
 
 
 def check_scaler(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

@@ -26,7 +26,7 @@ from torch.compiler import is_compiling
 from . import reference
 from .backends.plans import DTYPES, LISTS, Plan
 from .backends.tensors import Lists
-from .checks import CHECKS, GAMMA_DTYPES, MASKS, check_floating, check_mask, check_scaler  # noqa: F401
+from .checks import GAMMA_DTYPES, MASKS, check_floating, check_lists, check_mask, check_scaler, check_tensors  # noqa: F401
 from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
 
@@ -106,10 +106,13 @@ def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None
     Raises:
         ValueError, TypeError: lists that do not match. BackendError: a backend asked for by name cannot take some tensor.
     """
-    if known := _known(op, lists, backend):
-        return known
-    CHECKS[op](*lists)  # what is like some tensors that have passed passes
-    chosen = resolve(backend, lists[0][0].device.type)
+    try:
+        if known := _known(op, lists, backend):
+            return known
+    except TypeError:  # something without a length, which is named here
+        pass
+    check_lists(op, lists)  # what is like some tensors that have passed passes
+    chosen = resolve(backend, lists[0][0].device.type) if lists[0] else reference
     if chosen is reference:
         return reference, None, None
     plan, addresses = chosen.PLANS.make(op, lists)
@@ -122,9 +125,6 @@ def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None
 
 def _execute(op: str, lists: Lists, kwargs: dict, backend: str):
     """Run `op` on the chosen backend; under "auto", tensors it cannot take go to the reference."""
-    if not lists[0]:
-        CHECKS[op](*lists)
-        return reference.accumulate_importance_([], []) if op == "accumulate_importance_" else None
     chosen, plan, addresses = choose(op, lists, backend)
     if addresses is not None:
         if not plan.is_disjoint(addresses):
@@ -192,7 +192,7 @@ def _call(op: str, lists: Lists, backend: str, **kwargs):
     """Run `op`, through torch's dispatcher only where somebody traces it: with long lists the way there costs more than a step."""
     if not is_compiling() and not _len_torch_dispatch_stack():
         return _run(op, lists, kwargs, backend)
-    CHECKS[op](*lists)
+    check_lists(op, lists)
     # Named, or a tensor lr would become a float, which on a GPU is a synchronization.
     overload = "tensor_lr" if isinstance(kwargs.get("lr"), Tensor) else "default"
     return getattr(getattr(torch.ops.spg_kernels, op), overload)(*lists, backend=backend, **kwargs)
@@ -301,6 +301,7 @@ def importance(grad: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         NonFiniteGradientError: `grad` holds an inf or a NaN.
     """
+    check_tensors("grad", [grad])
     check_floating("grad", [grad], complex_too=True)
     if is_compiling() or _len_torch_dispatch_stack():
         value, finite = torch.ops.spg_kernels.importance(grad, backend=backend)

@@ -28,8 +28,8 @@ class SPGOptimizer(Optimizer):
         optimizer: the inner optimizer.
         heads: the task heads: modules, an nn.ModuleList (heads appended later count too), or parameters. They hold no
             gamma, so `importance` must not know them, and are scaled by 1 - mean(gamma).
-        named_parameters: `model.named_parameters()`, to key the importance by. Without it: the names that `importance`
-            knows these parameters by, those the inner optimizer was built with, or "group.slot".
+        named_parameters: `model.named_parameters()`, to key the importance by, of groups added later too. Without it: the names
+            that `importance` knows these parameters by, those the inner optimizer was built with, or "group.slot".
         mask: "update" scales what the inner step adds to a parameter, right for every optimizer; "gradient" scales the
             gradient, the paper's rule, which adaptive optimizers and weight decay undo.
         importance: an `Importance` to go on from, as when every task gets a fresh inner optimizer.
@@ -65,7 +65,10 @@ class SPGOptimizer(Optimizer):
         self._head_parameters: dict[int, Tensor] = {}
         self._set_up()
         self._find_heads()
-        self._name_trunk(dict(named_parameters) if named_parameters is not None else None)
+        self._named = {} if named_parameters is None else _as_named(named_parameters)
+        self._name_trunk(all_are_named=named_parameters is not None)
+        own = {id(p) for p in self._parameters()}
+        self._named = {name: p for name, p in self._named.items() if id(p) not in own}  # for groups that are added later
         if mask == "gradient":
             _warn_if_undone(optimizer)
 
@@ -123,9 +126,9 @@ class SPGOptimizer(Optimizer):
                              "and append a head to `heads` before its parameters come with add_param_group")
         self._head_parameters = {id(p): p for p in parameters}
 
-    def _name_trunk(self, named: dict[str, Tensor] | None) -> None:
+    def _name_trunk(self, all_are_named: bool) -> None:
         """Make every parameter of the groups that is no head known to the importance."""
-        given = None if named is None else {id(parameter): name for name, parameter in named.items()}
+        given = {id(parameter): name for name, parameter in self._named.items()}
         trunk: list[tuple[str, Tensor]] = []
         taken: set[str] = set()
         own = {id(p) for p in self._parameters()}
@@ -133,18 +136,17 @@ class SPGOptimizer(Optimizer):
             for s, parameter in enumerate(group["params"]):
                 if id(parameter) in self._head_parameters:
                     continue
-                if given is not None and id(parameter) not in given:
+                if all_are_named and id(parameter) not in given:
                     raise ValueError(f"named_parameters: param_groups[{g}]['params'][{s}] of shape {tuple(parameter.shape)} "
                                      "is not among them")
-                if given is not None:
-                    name = given[id(parameter)]
-                elif (name := self.importance.name_of(parameter)) is None:
+                name = given.get(id(parameter)) or self.importance.name_of(parameter)
+                if name is None:
                     name = group["param_names"][s] if "param_names" in group else self._slot_name(g, s, taken, own)
                 taken.add(name)
                 trunk.append((name, parameter))
-        frozen = [] if named is None else [(name, parameter) for name, parameter in named.items() if name in self.importance
-                                           and id(parameter) not in self._head_parameters]
-        self.importance.attach(frozen + trunk)
+        others = [(name, parameter) for name, parameter in self._named.items() if all_are_named and name in self.importance
+                  and id(parameter) not in self._head_parameters]
+        self.importance.attach(others + trunk)
 
     def _slot_name(self, g: int, s: int, taken: set[str], own: set[int]) -> str:
         """"group.slot", with a later group where a parameter of this optimizer (`own`, by id) has that name already."""
@@ -173,7 +175,7 @@ class SPGOptimizer(Optimizer):
         self._find_heads()
         self.inner.add_param_group(param_group)
         try:
-            self._name_trunk(None)
+            self._name_trunk(all_are_named=False)
         except BaseException:
             del self.inner.param_groups[-1]
             raise
@@ -358,7 +360,7 @@ class SPGOptimizer(Optimizer):
 
     def __getstate__(self) -> dict:
         # As torch's own: no hooks, and no step that a scheduler patched onto this object.
-        return {key: vars(self)[key] for key in ("inner", "importance", "mask", "backend", "_heads")}
+        return {key: vars(self)[key] for key in ("inner", "importance", "mask", "backend", "_heads", "_named")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -367,11 +369,22 @@ class SPGOptimizer(Optimizer):
 
 
 def _as_list(heads) -> list[nn.Module | Tensor]:
+    if not isinstance(heads, nn.Module | Iterable):
+        raise TypeError(f"heads: expected modules or parameters, got {type(heads).__name__}")
     heads = [heads] if isinstance(heads, nn.Module | Tensor) else list(heads)
     for i, head in enumerate(heads):
         if not isinstance(head, nn.Module | Tensor):
             raise TypeError(f"heads[{i}]: expected a module or a parameter, got {type(head).__name__}")
     return heads
+
+
+def _as_named(named_parameters) -> dict[str, Tensor]:
+    pairs = list(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
+    for i, pair in enumerate(pairs):
+        if not (isinstance(pair, tuple) and isinstance(pair[0], str)):
+            raise TypeError(f"named_parameters[{i}]: expected (name, parameter), as model.named_parameters() gives them, got "
+                            f"{type(pair).__name__}")
+    return dict(pairs)
 
 
 def _warn_if_undone(inner: Optimizer) -> None:

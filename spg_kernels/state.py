@@ -119,7 +119,8 @@ def initialize(inner: Optimizer) -> None:
     if not hasattr(inner, "_init_group"):
         return
     for group in inner.param_groups:
-        missing = [p for p in group["params"] if p.requires_grad and not inner.state.get(p)]
+        # Frozen ones too: with its importance alone in its state, a plain optimizer could not step one that is unfrozen later.
+        missing = [p for p in group["params"] if not inner.state.get(p)]
         without_grad = [p for p in missing if p.grad is None]
         try:
             for parameter in without_grad:

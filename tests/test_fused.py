@@ -9,7 +9,7 @@ from spg_kernels import Importance, SPGOptimizer
 from spg_kernels.backends import native
 
 from .models import Net, set_gradients
-from .wrapping import FUSABLE, values, wrap
+from .wrapping import FUSABLE, equal, values, wrap
 
 
 def _other_states(optimizer, net):
@@ -169,3 +169,20 @@ def test_a_model_that_changes_its_memory_format_is_stepped_by_the_kernels_again(
         optimizer.step()
     assert torch.equal(optimizer.importance[model.weight], gamma)
     assert torch.allclose(model.weight, before - 0.2 * (1 - gamma), atol=1e-6)
+
+
+# torch's own fused steps do not look at shapes; SGD without momentum has no state.
+@pytest.mark.parametrize("inner", [inner for inner in FUSABLE if inner != "SGD" and not inner.endswith("fused")])
+def test_a_state_of_another_shape_is_torchs_error_and_moves_nothing(net, inner):
+    """torch loads a state whatever its shape, as from a model whose layers have another order, and finds out in the step."""
+    optimizer = wrap(net, inner, gamma=0.5)
+    set_gradients(net.parameters())
+    optimizer.step()
+    state = optimizer.state[net.trunk[0].weight]
+    for name, value in state.items():
+        if name != "spg_importance" and value.dim():
+            state[name] = value.t().contiguous()
+    before = values(net)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert equal(values(net), before)

@@ -269,6 +269,11 @@ def test_lists_that_do_not_match_change_nothing(backend):
         (ValueError, "gammas: expected 1 tensors", ([good], [])),
         (TypeError, r"gammas\[0\].*float64", ([good], [gamma.double()])),
         (TypeError, r"grads\[0\].*int64", ([torch.ones(4, 4, dtype=torch.int64)], [gamma])),
+        (TypeError, r"grads\[1\].*NoneType", ([good, None], [gamma, gamma])),
+        (TypeError, r"grads\[0\].*NoneType", ([None], [gamma])),
+        (TypeError, r"gammas\[0\].*NoneType", ([good], [None])),
+        (TypeError, "grads: .*list.*Tensor", (good, gamma)),
+        (TypeError, "gammas: .*list.*generator", ([good], (g for g in [gamma]))),
         (ValueError, r"gammas\[0\].*device", ([good], [gamma.to("meta")])),
     ]
     for kind, message, arguments in cases:

@@ -153,6 +153,23 @@ def test_the_migration_of_the_readme_both_ways(net, inner, tmp_path):
     assert train(model, back) == train(net, plain) and equal(values(model), values(net))
 
 
+@pytest.mark.dropin(line=12)
+@pytest.mark.parametrize("inner", [name for name in INNER if name != "SGD fused"])  # torch's cannot start a momentum late
+def test_a_plain_optimizer_trains_what_was_frozen_when_the_wrapper_saved_it(net, inner):
+    expected = copy.deepcopy(net)
+    plain = INNER[inner](expected.parameters())
+    frozen = [[*model.trunk[0].parameters()] for model in (net, expected)]
+    for parameter in sum(frozen, []):
+        parameter.requires_grad_(False)
+    wrapped = wrap(net, inner, backend="reference")
+    train(net, wrapped, steps=2), train(expected, plain, steps=2)
+    resumed = INNER[inner](net.parameters())
+    resumed.load_state_dict(wrapped.state_dict())
+    for parameter in sum(frozen, []):
+        parameter.requires_grad_(True)
+    assert train(net, resumed) == train(expected, plain) and equal(values(net), values(expected))
+
+
 @pytest.mark.dropin(line=13)
 def test_the_number_of_tasks_travels_with_the_state_dict(net):
     optimizer, fresh = wrap(net, "AdamW", 0.25), wrap(net, "AdamW")

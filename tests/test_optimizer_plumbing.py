@@ -245,6 +245,19 @@ def test_a_group_added_to_a_fresh_optimizer_takes_nobody_elses_name():
     assert list(fresh.importance) == ["0.0", "1.0", "2.0"]
 
 
+@pytest.mark.dropin(line=19)
+@pytest.mark.parametrize("copier", [lambda pair: pair, copy.deepcopy])
+def test_a_group_added_later_has_the_names_that_were_given(net, copier):
+    """The trunk is unfrozen from its top down; the next task's optimizer, and a file, know the parameters by the same names."""
+    parameters = [*net.trunk[2].parameters(), *net.heads.parameters()]
+    net, optimizer = copier((net, SPGOptimizer(torch.optim.SGD(parameters, lr=0.1), heads=net.heads,
+                                               named_parameters=net.named_parameters())))
+    optimizer.add_param_group({"params": net.trunk[0].parameters()})
+    names = ["trunk.2.weight", "trunk.2.bias", "trunk.0.weight", "trunk.0.bias"]
+    assert list(optimizer.importance) == names
+    assert list(wrap(net, "SGD", importance=optimizer.importance).importance) == names
+
+
 @pytest.mark.dropin(line=7)
 def test_replaced_parameters_are_an_error_until_bound(net):
     optimizer = wrap(net, "SGD", 1.0)
@@ -355,6 +368,10 @@ def test_arguments_are_checked(net):
         SPGOptimizer(inner, importance_dtype=torch.float16)
     with pytest.raises(TypeError, match=r"heads\[0\]"):
         SPGOptimizer(inner, heads=["head"])
+    with pytest.raises(TypeError, match="heads.*NoneType"):
+        SPGOptimizer(inner, heads=None)
+    with pytest.raises(TypeError, match=r"named_parameters\[0\].*\(name, parameter\).*Parameter"):
+        SPGOptimizer(inner, named_parameters=net.parameters())
     with pytest.raises(ValueError, match=r"named_parameters: param_groups\[0\]\['params'\]\[0\]"):
         SPGOptimizer(inner, heads=net.heads, named_parameters=net.heads.named_parameters())
     other = Importance([("trunk.0.weight", torch.zeros(4))])

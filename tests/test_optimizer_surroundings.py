@@ -246,7 +246,8 @@ def test_a_compiled_step_equals_eager_and_is_compiled_once(net, inner, mask, on,
 
 
 @pytest.mark.dropin(line=18)
-@pytest.mark.compatibility("an optimizer a parameter, stepping inside backward", "torch", "works")
+@pytest.mark.compatibility("an optimizer a parameter, stepping inside backward", "torch", "works with a note",
+                           "remove the hooks before `measure_importance`: they would train, and leave no gradient to measure")
 def test_an_optimizer_a_parameter_steps_inside_backward(net):
     """Heads move by the mean over the importance their own optimizer was given: all of it."""
     twin = copy.deepcopy(net)

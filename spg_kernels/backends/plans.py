@@ -130,8 +130,8 @@ def _refusal(op: str, tensors: dict[str, Tensor], device_type: str) -> str | Non
                 return f"has {name} of {tensor.dtype} for a parameter of {first.dtype}"
         elif tensor.dtype != first.dtype:
             return f"has {name} of {tensor.dtype} for a parameter of {first.dtype}"
-        if tensor.numel() != first.numel():
-            return f"has {name} of {tensor.numel()} elements, expected {first.numel()}"
+        if tensor.shape != first.shape:  # an optimizer loads a state of any shape
+            return f"has {name} of shape {tuple(tensor.shape)}, expected {tuple(first.shape)}"
         if not _same_memory_order(tensor, first):
             return f"has {name} in another memory layout (strides {tensor.stride()}, expected {first.stride()}, dense)"
     return None
