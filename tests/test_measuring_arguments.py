@@ -1,0 +1,37 @@
+"""The measuring pass: arguments that cannot work, and those that can although they look odd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spg_kernels import NonFiniteGradientError, SharedTrunkLosses, SPGOptimizer, cross_head_losses
+
+from .models import tasks
+from .wrapping import wrap
+
+
+def test_arguments_that_cannot_work_say_why(net):
+    with pytest.raises(ValueError, match="heads: expected at least 4.*0 to 3, got 3"):
+        SharedTrunkLosses(net.trunk, net.heads, 3, F.cross_entropy)
+    with pytest.raises(ValueError, match="task: expected 0 or more, got -1"):
+        SharedTrunkLosses(net.trunk, net.heads, -1, F.cross_entropy)
+    with pytest.raises(TypeError, match="heads: expected a sequence of modules, got Linear"):
+        SharedTrunkLosses(net.trunk, net.heads[0], 0, F.cross_entropy)
+    with pytest.raises(TypeError, match="trunk: .*one tensor, got tuple"):
+        wrap(net).measure_importance(tasks()[0], SharedTrunkLosses(lambda x: (x, x), net.heads, 1, F.cross_entropy))
+
+
+def test_a_measuring_pass_that_cannot_work_says_why(net):
+    optimizer = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads)
+    batches, losses = tasks()[0], cross_head_losses(net, 1, F.cross_entropy)
+    with pytest.raises(ValueError, match="iterator"):
+        optimizer.measure_importance(iter(batches), losses)
+    with pytest.raises(ValueError, match="at least one batch"):
+        optimizer.measure_importance([], losses, progress=False)
+    with pytest.raises(ValueError, match="losses"):
+        optimizer.measure_importance(batches, [])
+    with pytest.raises(NonFiniteGradientError) as error:
+        optimizer.measure_importance([(batches[0][0] * float("nan"), batches[0][1])], losses, progress=False)
+    assert error.value.names == ["0.0", "0.1", "0.2", "0.3"]
+    assert optimizer.importance.tasks == 0 and all(p.grad is None for p in net.parameters())
+    assert not optimizer.importance["0.0"].any()
