@@ -99,6 +99,8 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
         fold: takes (parameter, gradient) pairs of one loss.
         finished: told the number of losses that are folded in, after each.
     """
+    if not isinstance(losses, Iterable):
+        raise TypeError(f"losses: expected a list of functions, as cross_head_losses gives, got {type(losses).__name__}")
     if not isinstance(losses, Sequence):
         losses = list(losses)
     if not losses:

@@ -254,7 +254,7 @@ class SPGOptimizer(Optimizer):
             progress: show a progress bar.
 
         Raises:
-            ValueError: no losses, no batches, or an iterator that only the first loss could use.
+            ValueError: no losses, no batches, or an iterator that only the first loss could use. TypeError: `losses` is no list.
             NonFiniteGradientError: see `accumulate_importance`. What earlier losses folded in stays, which is harmless:
                 folding it in again changes nothing.
         """

@@ -30,6 +30,8 @@ def test_a_measuring_pass_that_cannot_work_says_why(net):
         optimizer.measure_importance([], losses, progress=False)
     with pytest.raises(ValueError, match="losses"):
         optimizer.measure_importance(batches, [])
+    with pytest.raises(TypeError, match="losses: expected a list of functions.*, got function"):
+        optimizer.measure_importance(batches, losses[0])
     with pytest.raises(NonFiniteGradientError) as error:
         optimizer.measure_importance([(batches[0][0] * float("nan"), batches[0][1])], losses, progress=False)
     assert error.value.names == ["0.0", "0.1", "0.2", "0.3"]
