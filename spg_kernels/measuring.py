@@ -184,7 +184,7 @@ def _counted(loader: Iterable, bar: tqdm) -> Iterator:
 def _batches(loader: Iterable, sweeps: int) -> int | None:
     try:
         return len(loader) * sweeps
-    except TypeError:  # an iterable without a length
+    except Exception:  # no length; the __len__ of some data sets raises NotImplementedError
         return None
 
 

@@ -21,6 +21,17 @@ def test_arguments_that_cannot_work_say_why(net):
         wrap(net).measure_importance(tasks()[0], SharedTrunkLosses(lambda x: (x, x), net.heads, 1, F.cross_entropy))
 
 
+@pytest.mark.parametrize("error", [TypeError, NotImplementedError])
+def test_a_loader_need_not_know_its_length(net, error, capsys):
+    class Loader(list):
+        def __len__(self):
+            raise error
+
+    optimizer = wrap(net)
+    optimizer.measure_importance(Loader(tasks()[0]), cross_head_losses(net, 1, F.cross_entropy))
+    assert optimizer.importance.tasks == 1 and " 4batch" in capsys.readouterr().err, "batches are counted, of an unknown total"
+
+
 def test_a_measuring_pass_that_cannot_work_says_why(net):
     optimizer = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads)
     batches, losses = tasks()[0], cross_head_losses(net, 1, F.cross_entropy)
