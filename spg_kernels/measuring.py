@@ -1,7 +1,7 @@
 """The measuring pass after a task: the losses of cross-head importance, and the sweeps over the data for their gradients."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ def cross_head_losses(model: nn.Module, task: int, loss: Callable[[Tensor, Tenso
             (cross-head importance).
 
     Returns:
-        t + 1 functions of a batch (x, y), which is moved to the model's device.
+        t + 1 functions of a batch, a pair of tensors (x, y), which are moved to the model's device.
     """
     _check_task(task)
 
@@ -189,8 +189,11 @@ def _batches(loader: Iterable, sweeps: int) -> int | None:
 
 
 def _moved(batch: Sequence[Tensor], module: nn.Module) -> list[Tensor]:
+    pair = list(batch)
+    if isinstance(batch, Mapping) or len(pair) != 2:
+        raise TypeError(f"batch: expected a pair of tensors (inputs, targets), got {type(batch).__name__} of {len(pair)}")
     parameter = next(module.parameters(), None)
-    return list(batch) if parameter is None else [tensor.to(parameter.device, non_blocking=True) for tensor in batch]
+    return pair if parameter is None else [tensor.to(parameter.device, non_blocking=True) for tensor in pair]
 
 
 def _check_task(task: int) -> None:

@@ -21,6 +21,15 @@ def test_arguments_that_cannot_work_say_why(net):
         wrap(net).measure_importance(tasks()[0], SharedTrunkLosses(lambda x: (x, x), net.heads, 1, F.cross_entropy))
 
 
+@pytest.mark.parametrize("form", [cross_head_losses, lambda net, *rest: SharedTrunkLosses(net.trunk, net.heads, *rest)],
+                         ids=["plain", "shared"])
+@pytest.mark.parametrize("batch, seen", [({"x": 1, "y": 2}, "dict of 2"), ([torch.ones(8, 10)] * 3, "list of 3"),
+                                         (torch.ones(8, 10), "Tensor of 8")], ids=["dict", "three", "inputs alone"])
+def test_a_batch_is_a_pair(net, form, batch, seen):
+    with pytest.raises(TypeError, match=rf"batch: expected a pair of tensors \(inputs, targets\), got {seen}"):
+        wrap(net).measure_importance([batch], form(net, 1, F.cross_entropy), progress=False)
+
+
 @pytest.mark.parametrize("error", [TypeError, NotImplementedError])
 def test_a_loader_need_not_know_its_length(net, error, capsys):
     class Loader(list):
