@@ -128,7 +128,7 @@ class SPGOptimizer(Optimizer):
 
     def _name_trunk(self, all_are_named: bool) -> None:
         """Make every parameter of the groups that is no head known to the importance."""
-        given = {id(parameter): name for name, parameter in self._named.items()}
+        given = {id(parameter): name for name, parameter in reversed(self._named.items())}  # a tied one's first name, as torch's
         trunk: list[tuple[str, Tensor]] = []
         taken: set[str] = set()
         own = {id(p) for p in self._parameters()}

@@ -161,6 +161,9 @@ def test_tied_parameters_are_one_parameter(net):
     assert equal(values(net), before)
     with pytest.raises(ValueError, match=r"trunk.4.weight: this parameter is already known as trunk.2.weight"):
         optimizer.importance.add("trunk.4.weight", net.trunk[-1].weight)
+    by_every_name = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads,
+                                 named_parameters=net.named_parameters(remove_duplicate=False))
+    assert list(wrap(net, importance=by_every_name.importance).importance) == list(optimizer.importance), "it has its first name"
 
 
 @pytest.mark.dropin(line=16)
