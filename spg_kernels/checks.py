@@ -27,6 +27,12 @@ def check_floating(name: str, tensors: list[Tensor], complex_too: bool = False) 
             raise TypeError(f"{name}[{i}]: expected a floating point tensor, got {tensor.dtype}")
 
 
+def check_grad(grad: Tensor) -> None:
+    if not isinstance(grad, Tensor) or not (grad.is_floating_point() or grad.is_complex()):
+        seen = grad.dtype if isinstance(grad, Tensor) else type(grad).__name__
+        raise TypeError(f"grad: expected a floating point tensor, got {seen}")
+
+
 def _check_gammas(like: str, tensors: list[Tensor], gammas: list[Tensor], one_value: bool = True) -> None:
     """gammas[i] has the shape of tensors[i], float32 or 8-bit code; or, if `one_value`, is one 0-d float32 for all of it."""
     for i, gamma in enumerate(gammas):

@@ -26,7 +26,7 @@ from torch.compiler import is_compiling
 from . import reference
 from .backends.plans import DTYPES, LISTS, Plan
 from .backends.tensors import Lists
-from .checks import GAMMA_DTYPES, MASKS, check_floating, check_lists, check_mask, check_scaler, check_tensors  # noqa: F401
+from .checks import GAMMA_DTYPES, MASKS, check_grad, check_lists, check_mask, check_scaler  # noqa: F401
 from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
 
@@ -301,8 +301,7 @@ def importance(grad: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         NonFiniteGradientError: `grad` holds an inf or a NaN.
     """
-    check_tensors("grad", [grad])
-    check_floating("grad", [grad], complex_too=True)
+    check_grad(grad)
     if is_compiling() or _len_torch_dispatch_stack():
         value, finite = torch.ops.spg_kernels.importance(grad, backend=backend)
     else:

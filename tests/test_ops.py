@@ -279,6 +279,9 @@ def test_lists_that_do_not_match_change_nothing(backend):
     for kind, message, arguments in cases:
         with pytest.raises(kind, match=message):
             spg_kernels.soft_mask_(*arguments, backend=backend)
+    for bad, seen in ((None, "NoneType"), ([good], "list"), (good.long(), "torch.int64")):
+        with pytest.raises(TypeError, match=f"^grad: expected a floating point tensor, got {seen}"):
+            spg_kernels.importance(bad, backend=backend)
     with pytest.raises(ValueError, match="mask"):
         spg_kernels.masked_sgd_([good], [good], [gamma], [], lr=1.0, mask="both", backend=backend)
     with pytest.raises(ValueError, match="momentum_buffers"):
