@@ -275,7 +275,8 @@ class SPGOptimizer(Optimizer):
         and with "spg_tasks", the number of tasks so far (torch.distributed.checkpoint leaves that out).
 
         A plain optimizer loads it, and `load_state_dict` takes a plain optimizer's. The inner state is initialized first
-        where it is not yet: torch's optimizers take a state that holds anything for one that holds everything.
+        where it is not yet: torch's optimizers take a state that holds anything for one that holds everything. Where there is
+        no `_init_group` for that (SparseAdam, others than torch's) a plain one may fail at a parameter not stepped before.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
