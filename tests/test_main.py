@@ -21,7 +21,7 @@ def test_every_backend_is_named_with_whether_it_runs_and_why_not():
     output = run()
     assert spg_kernels.__version__ in output
     assert " yes " in row(output, "native") and "threads" in row(output, "native")
-    assert " yes " in row(output, "reference")
+    assert " yes " in row(output, "reference") and "any device with float64" in row(output, "reference")
     reason = spg_kernels.ops.why_unavailable("triton")
     assert (" no " in row(output, "triton") and reason[:30] in row(output, "triton")) if reason else " yes " in row(output, "triton")
 
