@@ -138,7 +138,7 @@ def test_gammas_of_zero_and_one_are_gammas(net):
 @pytest.mark.dropin(line=12)
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.compatibility("checkpoints of a plain optimizer, both ways, `weights_only=True`", "torch", "works with a note",
-                           "a plain SparseAdam, or another one without `_init_group`, may fail at a parameter that was not stepped before saving")
+                           "a plain SparseAdam, or another without `_init_group`, may fail at a parameter not stepped before saving")
 def test_the_migration_of_the_readme_both_ways(net, inner, tmp_path):
     """plain -> wrapped: nothing is protected yet, and the trajectory is the plain one; wrapped -> plain: it goes on as it was."""
     plain = INNER[inner](net.parameters())
