@@ -15,7 +15,7 @@ _ROWS = pytest.StashKey[list]()
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
-    group.addoption("--full", action="store_true", help="all parameter sets, and five times the rounds")
+    group.addoption("--full", action="store_true", help="all parameter sets, and eight times the rounds")
     group.addoption("--record", nargs="?", const=results.FOLDER, type=Path, metavar="FOLDER",
                     help="write the rows to FOLDER/<device>.csv, by default bench/results")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -65,7 +65,7 @@ def timed(benchmark, device, request):
     def run(contenders, pass_name, set_name, parameters, tensors, cold):
         if benchmark.disabled:
             pytest.skip("checked, not timed: benchmarks are disabled")
-        seconds = 8 if request.config.getoption("--full") else 1.5
+        seconds = 8 if request.config.getoption("--full") else 1
         rows = measure(benchmark, contenders, device, seconds, pass_name, set_name, parameters, tensors, cold)
         benchmark.extra_info["rows"] = [vars(row) for row in rows]
         request.config.stash[_ROWS] += rows

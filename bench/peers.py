@@ -69,6 +69,26 @@ def one_update_mask(param: Tensor, old: Tensor, gamma: Tensor) -> None:
     param.lerp_(old, gamma)
 
 
+# torch's own optimizer step, masked from outside
+
+
+def eager_mask_step(params: list[Tensor], gammas: list[Tensor], step: Callable) -> None:
+    eager_soft_mask([p.grad for p in params], gammas)
+    step()
+
+
+def foreach_mask_step(params: list[Tensor], gammas: list[Tensor], step: Callable) -> None:
+    foreach_soft_mask([p.grad for p in params], gammas)
+    step()
+
+
+def copy_step_lerp(old: list[Tensor], params: list[Tensor], gammas: list[Tensor], step: Callable) -> None:
+    """`old` is memory that is kept: with new copies in every step it takes twice as long."""
+    torch._foreach_copy_(old, params)
+    step()
+    foreach_update_mask(params, old, gammas)
+
+
 # Optimizer steps with the mask in them, for torch.compile
 
 
@@ -102,22 +122,31 @@ def why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
+_LARGEST_GRAPH = 200  # in tensors. Compile time grows faster than a graph, so longer lists are cut, into
+_PART = 25
+
 @functools.cache
-def _compiled(one: Callable) -> Callable:
-    return torch.compile(one, dynamic=True)
+def _compiled(one: Callable, shapes: tuple[torch.Size, ...]) -> Callable:
+    """`one` for each tensor of lists of these shapes, as one graph."""
+    torch.compiler.reset()  # what was compiled for other shapes counts towards a limit, past which all runs uncompiled
+
+    def whole(lists: list[list[Tensor]], scalars: tuple) -> None:
+        for tensors in zip(*lists):
+            one(*tensors, *scalars)
+
+    return torch.compile(whole, dynamic=False)
 
 
 def compiled_over(one: Callable, lists: list[list[Tensor]]) -> Callable[..., None]:
-    """`one` compiled, over flat views of parallel lists.
-
-    One graph for all sizes: it compiles in seconds and serves every parameter set, and on large tensors is as fast as a
-    graph of the whole list, which takes minutes to compile for a thousand tensors.
-    """
-    function = _compiled(one)
-    flat = [tuple(tensor.detach().view(-1) for tensor in tensors) for tensors in zip(*lists)]
+    """`one` compiled, over flat views of parallel lists: whole lists at once, since a graph a tensor takes twice as long."""
+    flat = [[tensor.detach().view(-1) for tensor in tensors] for tensors in lists]
+    function = _compiled(one, tuple(tensor.shape for tensor in flat[0]))
+    length = len(flat[0])
+    size = length if length <= _LARGEST_GRAPH else _PART
+    parts = [[tensors[i:i + size] for tensors in flat] for i in range(0, length, size)]
 
     def call(*scalars) -> None:
-        for tensors in flat:
-            function(*tensors, *scalars)
+        for part in parts:
+            function(part, scalars)
 
     return call

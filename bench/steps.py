@@ -73,6 +73,7 @@ def _contenders(step: Step, buffers: Buffers) -> list[Contender]:
     importances = [{kind: _importance(buffers, lists, kind) for kind in ("gammas", "codes")} for lists in buffers.lists]
     gammas = [[own["gammas"].gamma(p) for p in lists["params"]] for own, lists in zip(importances, buffers.lists)]
     restore = partial(buffers.fill, kinds=("grads",))
+    old = [torch.empty_like(p, requires_grad=False) for p in buffers.lists[0]["params"]]
 
     def masked(kind: str) -> list[Callable]:
         return [SPGOptimizer(_optimizer(step, lists), importance=own[kind]).step
@@ -82,36 +83,20 @@ def _contenders(step: Step, buffers: Buffers) -> list[Contender]:
         return [_optimizer(step, lists, **how).step for lists in buffers.lists]
 
     def around(function: Callable) -> list[Callable]:
-        return [partial(function, fused, lists["params"], own_gammas)
+        return [partial(function, lists["params"], own_gammas, fused)
                 for fused, lists, own_gammas in zip(unmasked(fused=True), buffers.lists, gammas)]
 
     fused = step.fused_bytes
     return [
         Contender("spg float32", masked("gammas"), fused + 4, "gammas"),
         Contender("spg 8-bit", masked("codes"), fused + 1, "codes"),
-        Contender("eager", around(_eager_mask_step), fused + 20, "gammas", "gradient", restore),
-        Contender("foreach", around(_foreach_mask_step), fused + 12, "gammas", "gradient", restore),
-        Contender("copy, step, lerp", around(_copy_step_lerp), fused + 24, "gammas"),
+        Contender("eager", around(peers.eager_mask_step), fused + 20, "gammas", "gradient", restore),
+        Contender("foreach", around(peers.foreach_mask_step), fused + 12, "gammas", "gradient", restore),
+        Contender("copy, step, lerp", around(partial(peers.copy_step_lerp, old)), fused + 24, "gammas"),
         Contender("compile", [step.compiled(lists, own) for lists, own in zip(buffers.lists, gammas)], fused + 4, "gammas"),
         Contender("unmasked fused", unmasked(fused=True), fused),
         Contender("unmasked foreach", unmasked(foreach=True), step.foreach_bytes),
     ]
-
-
-def _eager_mask_step(optimizer_step: Callable, params: list[Tensor], gammas: list[Tensor]) -> None:
-    peers.eager_soft_mask([p.grad for p in params], gammas)
-    optimizer_step()
-
-
-def _foreach_mask_step(optimizer_step: Callable, params: list[Tensor], gammas: list[Tensor]) -> None:
-    peers.foreach_soft_mask([p.grad for p in params], gammas)
-    optimizer_step()
-
-
-def _copy_step_lerp(optimizer_step: Callable, params: list[Tensor], gammas: list[Tensor]) -> None:
-    old = [p.detach().clone() for p in params]
-    optimizer_step()
-    torch._foreach_lerp_(params, old, gammas)
 
 
 def _expected(step: Step, buffers: Buffers, contender: Contender, i: int) -> dict[str, Tensor]:

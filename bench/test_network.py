@@ -54,28 +54,17 @@ def _training_contenders(device) -> list[tuple[Contender, torch.dtype | None]]:
         own, inner = own_problem()
         optimizer = SPGOptimizer(inner, heads=own.model.heads, importance=own.importance(dtype))
         contenders.append((Contender(name, [partial(_step, own, optimizer)]), dtype))
-    for name, mask, around in (("eager", "gradient", _eager_mask), ("copy, step, lerp", "update", _copy_step_lerp)):
+    for name, mask in (("eager", "gradient"), ("copy, step, lerp", "update")):
         own, inner = own_problem(fused=True)
         trained = [i for i, (n, _) in enumerate(own.model.named_parameters()) if n.startswith(("trunk.", "heads.0."))]
         params, gammas = list(own.model.parameters()), own.gammas(own.importance(torch.float32))
-        around = partial(around, [params[i] for i in trained], [gammas[i] for i in trained])
+        params, gammas = [params[i] for i in trained], [gammas[i] for i in trained]
+        masked = peers.eager_mask_step if name == "eager" else partial(peers.copy_step_lerp, [p.detach().clone() for p in params])
+        around = partial(torch.no_grad()(masked), params, gammas)
         contenders.append((Contender(name, [partial(_step, own, inner, around)], mask=mask), torch.float32))
     for name, how in (("unmasked fused", {"fused": True}), ("unmasked foreach", {"foreach": True})):
         contenders.append((Contender(name, [partial(_step, *own_problem(**how))]), None))
     return contenders
-
-
-@torch.no_grad()
-def _eager_mask(params, gammas, step) -> None:
-    peers.eager_soft_mask([p.grad for p in params], gammas)
-    step()
-
-
-@torch.no_grad()
-def _copy_step_lerp(params, gammas, step) -> None:
-    old = [p.clone() for p in params]
-    step()
-    torch._foreach_lerp_(params, old, gammas)
 
 
 def test_training_step(device, timed):

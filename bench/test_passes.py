@@ -8,8 +8,8 @@ from .machine import available_bytes
 from .passes import ELEMENTWISE, assert_correct
 from .steps import STEPS
 
-# Beside the buffers: what eager code holds, what is expected, and the float64 reference of one tensor.
-_TEMPORARY_BYTES = 28
+# Beside the buffers: what eager code and "copy, step, lerp" hold, what is expected, and the float64 reference of one tensor.
+_TEMPORARY_BYTES = 32
 
 
 @pytest.mark.parametrize("the_pass", ELEMENTWISE + STEPS, ids=lambda p: p.name.replace(" ", "_"))
