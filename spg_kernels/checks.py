@@ -91,7 +91,7 @@ _CHECKS = {"accumulate_importance_": _check_accumulate, "soft_mask_": _check_sof
 
 
 def check_tensors(name: str, tensors: list[Tensor]) -> None:
-    if not isinstance(tensors, list | tuple):
+    if not isinstance(tensors, (list, tuple)):  # not a union, which the compiler of torch 2.6 cannot follow
         raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):  # as the gradient of a parameter that was not used, None
