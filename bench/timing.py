@@ -24,7 +24,7 @@ from .machine import peak_extra_bytes
 
 OURS = {"vs_float32": "spg float32", "vs_8bit": "spg 8-bit"}
 COPY = "copy"
-_LEAST_ROUNDS, _MOST_ROUNDS = 7, 200
+_LEAST_ROUNDS, _MOST_ROUNDS = 15, 200
 
 
 @dataclass
