@@ -15,7 +15,7 @@ _ROWS = pytest.StashKey[list]()
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
-    group.addoption("--full", action="store_true", help="all parameter sets, and eight times the rounds")
+    group.addoption("--full", action="store_true", help="all parameter sets, eight times as long")
     group.addoption("--record", nargs="?", const=results.FOLDER, type=Path, metavar="FOLDER",
                     help="write the rows to FOLDER/<device>.csv, by default bench/results")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu",

@@ -122,8 +122,9 @@ def why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
-_LARGEST_GRAPH = 200  # in tensors. Compile time grows faster than a graph, so longer lists are cut, into
-_PART = 25
+# Tensors in a graph. Compile time grows faster than the graph, so a list longer than the first is cut into parts of the second.
+_LARGEST_GRAPH, _PART = 200, 25
+
 
 @functools.cache
 def _compiled(one: Callable, shapes: tuple[torch.Size, ...]) -> Callable:

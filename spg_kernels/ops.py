@@ -86,7 +86,7 @@ def resolve(backend: str, device_type: str) -> ModuleType:
 
 @functools.cache
 def _modules(backend: str) -> list[ModuleType]:
-    """The modules whose plans may serve `backend`, whether or not they run here."""
+    """The modules whose plans may serve `backend`, whether or not they run here. An interpreted Triton's never serve "auto"."""
     if backend != "auto":
         return [backend_module(backend)] if backend in _MODULES else []
     return [module for module in map(backend_module, _MODULES) if module.PLANS.device_type in module.DEVICE_TYPES]
@@ -98,6 +98,12 @@ def _known(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan, array
         if known := module.PLANS.known(op, lists):
             return module, *known
     return None
+
+
+def _make(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None, array | None]:
+    """The backend for tensors of which no plan is known, with a new one, and without addresses if that refuses some tensor."""
+    chosen = resolve(backend, lists[0][0].device.type) if lists[0] else reference
+    return (reference, None, None) if chosen is reference else (chosen, *chosen.PLANS.make(op, lists))
 
 
 def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None, array | None]:
@@ -112,11 +118,8 @@ def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None
     except TypeError:  # something without a length, which is named here
         pass
     check_lists(op, lists)  # what is like some tensors that have passed passes
-    chosen = resolve(backend, lists[0][0].device.type) if lists[0] else reference
-    if chosen is reference:
-        return reference, None, None
-    plan, addresses = chosen.PLANS.make(op, lists)
-    if plan.refused and backend != "auto":
+    chosen, plan, addresses = _make(op, lists, backend)
+    if plan is not None and plan.refused and backend != "auto":
         _check_memory(op, lists)  # what no backend can take is an error of its own
         index, reason = plan.first_refusal()
         raise BackendError(f"backend {backend!r}, {op}: tensor {index} of {len(lists[0])} {reason}")
@@ -226,13 +229,9 @@ def try_calls(calls: list[Call], common: dict, backend: str) -> bool:
         return True
     ready = []
     for op, lists, settings in calls:
-        known = _known(op, lists, backend)
-        if known is None:
-            chosen = resolve(backend, lists[0][0].device.type)
-            if chosen is reference:
-                return False
-            known = chosen, *chosen.PLANS.make(op, lists)
-        chosen, plan, addresses = known
+        chosen, plan, addresses = _known(op, lists, backend) or _make(op, lists, backend)
+        if plan is None:
+            return False
         if addresses is None:
             index, reason = plan.first_refusal()
             log.debug("%s: the generic step instead, because tensor %d of %d %s", op, index, len(lists[0]), reason)

@@ -36,8 +36,8 @@ class Plan:
                    for i in range(len(lists[0])))
         self.refused: dict[int, str] = {i: reason for i, reason in reasons if reason}
         self.launch: Any = None if self.refused else build(op, named)
-        # The addresses of tensors that are like this plan's own in all but addresses and numbers; None for others.
-        self.locate: Callable[[Lists], array | None] = (lambda others: None) if self.refused else _locator(op, lists)
+        # Gives the addresses of tensors that are like this plan's own in all but addresses and numbers; None for others.
+        self.locate: Callable[[Lists], array | None] | None = None if self.refused else _locator(op, lists)
         self._disjoint_at: set[bytes] = set()
 
     def is_disjoint(self, addresses: array) -> bool:
