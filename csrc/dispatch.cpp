@@ -8,6 +8,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define SPG_TABLE(name) \
   const Kernels table = {name, first_element, moments, fold, soft_mask, update_mask, sgd, adam}
 
@@ -50,12 +54,14 @@ SPG_TABLE("avx2");
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
+#define SPG_FIXUP
 namespace avx512 {
 #include "convert.h"
 #include "importance_kernels.h"
 #include "step_kernels.h"
 SPG_TABLE("avx512");
 }  // namespace avx512
+#undef SPG_FIXUP
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute pop
