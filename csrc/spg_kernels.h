@@ -6,11 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define SPG_API __declspec(dllexport)
-#else
 #define SPG_API __attribute__((visibility("default")))
-#endif
 
 #ifdef __cplusplus
 extern "C" {

@@ -71,6 +71,18 @@ def test_threads_slicing_and_order_change_no_bit(op, dtype, gamma, threads):
         assert same_bits(run(op, dtype, gamma, parts=parts), once)
 
 
+def test_importance_is_the_same_however_threads_group_the_list(threads):
+    """A group is a MiB of gradients a thread: with another number of threads, other tensors are measured together."""
+    grads = [torch.randn(n) for n in (7, 131073, 40000, 3, 700001)]
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        gammas = [torch.zeros_like(grad) for grad in grads]
+        spg_kernels.accumulate_importance_(gammas, grads, backend="native")
+        results.append(gammas)
+    assert same_bits(results[1], results[0]) and same_bits(results[2], results[0])
+
+
 @pytest.mark.parametrize("op", OPERATORS)
 def test_the_reference_is_the_same_for_any_slicing_too(op):
     assert same_bits(run(op, torch.float32, "float32", "reference"),
