@@ -60,7 +60,7 @@ class SharedTrunkLosses(Sequence):
         TypeError: `heads` is no sequence; in a pass, the trunk gives no tensor. ValueError: no such task, or no head for it.
     """
 
-    def __init__(self, trunk: Callable[[Tensor], Tensor], heads: Sequence[nn.Module], task: int,
+    def __init__(self, trunk: Callable[[Tensor], Tensor], heads: Sequence[nn.Module] | nn.ModuleList, task: int,
                  loss: Callable[[Tensor, Tensor], Tensor], *, memory: int = 2**30):
         _check_task(task)
         if not isinstance(heads, Sequence | nn.ModuleList):

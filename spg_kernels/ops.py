@@ -14,6 +14,7 @@ import functools
 import importlib
 import logging
 from array import array
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -309,7 +310,7 @@ def importance(grad: Tensor, *, backend: str = "auto") -> Tensor:
     return value
 
 
-def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor], *, backend: str = "auto") -> None:
+def accumulate_importance_(gammas: Sequence[Tensor], grads: Sequence[Tensor], *, backend: str = "auto") -> None:
     """gamma_i <- max(gamma_i, importance(grad_i)), in place, for a whole model in one call.
 
     Args:
@@ -329,7 +330,7 @@ def fold(gammas: list[Tensor], grads: list[Tensor], names: list[str], backend: s
     _require_finite(_call("accumulate_importance_", (gammas, grads), backend), names)
 
 
-def soft_mask_(grads: list[Tensor], gammas: list[Tensor], *, backend: str = "auto") -> None:
+def soft_mask_(grads: Sequence[Tensor], gammas: Sequence[Tensor], *, backend: str = "auto") -> None:
     """grad_i <- (1 - gamma_i) grad_i, in place: the paper's soft mask. 0 where gamma = 1, even if the gradient is not finite.
 
     Args:
@@ -343,7 +344,8 @@ def soft_mask_(grads: list[Tensor], gammas: list[Tensor], *, backend: str = "aut
     _call("soft_mask_", (grads, gammas), backend)
 
 
-def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Tensor], *, backend: str = "auto") -> None:
+def update_mask_(params: Sequence[Tensor], old_params: Sequence[Tensor], gammas: Sequence[Tensor], *,
+                 backend: str = "auto") -> None:
     """param_i <- old_i + (1 - gamma_i)(param_i - old_i), in place: the soft mask around any optimizer's step.
 
     Exactly `old_i` where gamma = 1 and exactly `param_i` where gamma = 0. Arguments and errors as in `soft_mask_`.
@@ -351,10 +353,11 @@ def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Te
     _call("update_mask_", (params, old_params, gammas), backend)
 
 
-def masked_sgd_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor], momentum_buffers: list[Tensor] = (), *,
-                lr: float | Tensor, momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0,
-                nesterov: bool = False, maximize: bool = False, is_first_step: bool = False, mask: str = "update",
-                grad_scale: Tensor | None = None, found_inf: Tensor | None = None, backend: str = "auto") -> None:
+def masked_sgd_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Sequence[Tensor],
+                momentum_buffers: Sequence[Tensor] = (), *, lr: float | Tensor, momentum: float = 0.0, dampening: float = 0.0,
+                weight_decay: float = 0.0, nesterov: bool = False, maximize: bool = False, is_first_step: bool = False,
+                mask: str = "update", grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+                backend: str = "auto") -> None:
     """One step of torch.optim.SGD under the soft mask, in place, in one pass over memory.
 
     Args:
@@ -379,8 +382,8 @@ def masked_sgd_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor],
           is_first_step=is_first_step, mask=mask, grad_scale=grad_scale, found_inf=found_inf)
 
 
-def masked_adamw_(params: list[Tensor], grads: list[Tensor], gammas: list[Tensor], exp_avgs: list[Tensor],
-                  exp_avg_sqs: list[Tensor], max_exp_avg_sqs: list[Tensor], state_steps: list[Tensor], *,
+def masked_adamw_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+                  exp_avg_sqs: Sequence[Tensor], max_exp_avg_sqs: Sequence[Tensor], state_steps: Sequence[Tensor], *,
                   lr: float | Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
                   weight_decay: float = 1e-2, decoupled: bool = True, maximize: bool = False, mask: str = "update",
                   grad_scale: Tensor | None = None, found_inf: Tensor | None = None, backend: str = "auto") -> None:

@@ -32,6 +32,7 @@ def test_one_wheel_serves_every_python_and_torch(tmp_path):
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "spg_kernels/backends/libspg_kernels.so" in names and "spg_kernels/backends/triton/__init__.py" in names
+    assert "spg_kernels/py.typed" in names, "or type checkers look past every annotation"
     assert any(name.endswith("LICENSE") for name in names) and not any(name.startswith("tests") for name in names)
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "installed"], check=True)
     library = tmp_path / "installed/spg_kernels/backends/libspg_kernels.so"
