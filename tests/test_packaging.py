@@ -1,8 +1,9 @@
-"""The wheel: built with setuptools alone, one for every Python and torch, and still whole without a compiler."""
+"""The wheel, by way of the source distribution: one for every Python and torch, and still whole without a compiler."""
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -11,23 +12,36 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def build_wheel(directory: Path, **environment: str) -> tuple[Path | None, str]:
-    """The wheel built from a copy of the tracked sources, and what the build printed."""
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The source distribution, built from a copy of the sources."""
+    directory = tmp_path_factory.mktemp("sdist")
     sources = directory / "sources"
     sources.mkdir()
-    names = [p for p in (*ROOT.glob("*"), ROOT / ".gitignore") if p.name in
-             {"spg_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"}]
-    subprocess.run(["cp", "-r", *names, sources], check=True)
-    for library in sources.rglob("*.so"):
-        library.unlink()
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", directory, sources]
+    names = ("spg_kernels", "csrc", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+    subprocess.run(["cp", "-r", *(ROOT / name for name in names), sources], check=True)
+    build = f"import setuptools.build_meta as backend; backend.build_sdist({str(directory)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=sources, check=True, capture_output=True)
+    return next(directory.glob("*.tar.gz"))
+
+
+def build_wheel(sdist: Path, directory: Path, **environment: str) -> tuple[Path | None, str]:
+    """The wheel built from the source distribution, and what the build printed."""
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", directory, sdist]
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     wheels = list(directory.glob("*.whl"))
     return (wheels[0] if wheels else None), result.stdout + result.stderr
 
 
-def test_one_wheel_serves_every_python_and_torch(tmp_path):
-    wheel, output = build_wheel(tmp_path, SPG_REQUIRE_NATIVE="1")
+def test_a_source_distribution_is_the_sources_alone(sdist):
+    with tarfile.open(sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert {"csrc/dispatch.cpp", "csrc/dispatch.h", "LICENSE", "spg_kernels/py.typed"} <= set(names)
+    assert not any(name.startswith("tests") or name.endswith(".so") for name in names), "tests without their helpers, or a build"
+
+
+def test_one_wheel_serves_every_python_and_torch(sdist, tmp_path):
+    wheel, output = build_wheel(sdist, tmp_path, SPG_REQUIRE_NATIVE="1")
     assert wheel, output
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -41,8 +55,8 @@ def test_one_wheel_serves_every_python_and_torch(tmp_path):
     assert b"_GLOBAL__sub_I" not in library.read_bytes(), "nothing is to run at load time: GCC 12 on aarch64 left a table empty"
 
 
-def test_without_a_compiler_the_install_succeeds_with_one_warning_and_the_reference_serves(tmp_path):
-    wheel, output = build_wheel(tmp_path, CC="false", CXX="false", SPG_REQUIRE_NATIVE="")
+def test_without_a_compiler_the_install_succeeds_with_one_warning_and_the_reference_serves(sdist, tmp_path):
+    wheel, output = build_wheel(sdist, tmp_path, CC="false", CXX="false", SPG_REQUIRE_NATIVE="")
     assert wheel, output
     assert output.count("csrc/ did not compile") == 1, output
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "installed"], check=True)
@@ -53,8 +67,8 @@ def test_without_a_compiler_the_install_succeeds_with_one_warning_and_the_refere
     assert "spg_kernels.reference torch.Size([9])" in result.stdout and "was not built" in result.stdout, result.stderr
 
 
-def test_a_compiler_that_fails_is_an_error_where_native_is_required(tmp_path):
-    wheel, output = build_wheel(tmp_path, CC="false", CXX="false", SPG_REQUIRE_NATIVE="1")
+def test_a_compiler_that_fails_is_an_error_where_native_is_required(sdist, tmp_path):
+    wheel, output = build_wheel(sdist, tmp_path, CC="false", CXX="false", SPG_REQUIRE_NATIVE="1")
     assert wheel is None and "error" in output
 
 
