@@ -21,7 +21,7 @@ bench: $(VENV)/installed
 	$(RUN) -m bench.report
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo,test,triton]'
 	touch $@
 
