@@ -1,4 +1,4 @@
-"""Runs `triton_interpreted.py` and the property tests in processes of their own: Triton reads TRITON_INTERPRET when kernels are defined."""
+"""Triton's kernels in its interpreter, in processes of their own: it reads TRITON_INTERPRET when kernels are defined."""
 
 import os
 import subprocess
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("file", ["triton_interpreted.py", "test_properties_operators.py"])
+@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_importance_interpreted.py",
+                                  "test_properties_operators.py"])
 def test_every_kernel_in_the_interpreter(file):
     pytest.importorskip("triton", reason="triton is not installed")
     root = Path(__file__).parents[1]

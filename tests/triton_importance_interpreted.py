@@ -1,4 +1,4 @@
-"""The importance kernel in Triton's interpreter; `test_triton_importance_interpreter.py` runs this in a process of its own."""
+"""The importance kernel in Triton's interpreter; `test_triton_interpreter.py` gives it a process of its own."""
 
 import math
 import os
