@@ -16,11 +16,11 @@ import torch
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import data  # noqa: E402
-import models  # noqa: E402
-import report  # noqa: E402
-from methods import METHODS, Run  # noqa: E402
-from readers import DataError, read_cifar, read_idx  # noqa: E402
+import data
+import models
+import report
+from methods import METHODS, Run
+from readers import DataError, read_cifar, read_idx
 
 
 def idx(array: np.ndarray, kind: int = 8) -> bytes:

@@ -8,7 +8,7 @@ import torch
 import spg_kernels
 
 from .test_grad_scaler import Classical
-from .test_triton_gpu import Net, launch, on_gpu, protected, pytestmark, run, steps, triton  # noqa: F401  (its marks are ours)
+from .test_triton_gpu import Net, launch, on_gpu, protected, pytestmark, run, triton  # noqa: F401  (its marks are ours)
 from .triton_cases import copies, equal, inputs
 
 FUSED = {

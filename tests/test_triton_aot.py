@@ -9,9 +9,9 @@ tl = pytest.importorskip("triton.language", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from spg_kernels.backends.triton import elementwise, steps  # noqa: E402
+from spg_kernels.backends.triton import elementwise, steps
 
-from .triton_aot import GFX942, SM80, SM90, THREADS, amd_accesses, compiled, nvidia_accesses, nvidia_resources  # noqa: E402
+from .triton_aot import GFX942, SM80, SM90, THREADS, amd_accesses, compiled, nvidia_accesses, nvidia_resources
 
 F32, BF16, F16, CODE = tl.float32, tl.bfloat16, tl.float16, tl.uint8
 BYTES = {F32: 4, BF16: 2, F16: 2, CODE: 1}

@@ -15,8 +15,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(ops.why_unavailable("triton") is not None or not torch.cuda.is_available(),
                                                   reason=f"Triton has no GPU here: {ops.why_unavailable('triton')}")]
 
-from spg_kernels.backends.tensors import addresses_of  # noqa: E402
-from spg_kernels.backends.triton import elementwise, launch, plans, steps  # noqa: E402
+from spg_kernels.backends.tensors import addresses_of
+from spg_kernels.backends.triton import elementwise, launch, plans, steps
 
 NAMES = {"ids": lambda x: x if isinstance(x, str) else ""}
 

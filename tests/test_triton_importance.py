@@ -7,7 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from spg_kernels.backends.triton import importance  # noqa: E402
+from spg_kernels.backends.triton import importance
 
 STATISTICS, FOLD, BOTH = (kind.value for kind in (importance.STATISTICS, importance.FOLD, importance.BOTH))
 

@@ -11,10 +11,10 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from spg_kernels.backends.triton import importance, launch  # noqa: E402
+from spg_kernels.backends.triton import importance, launch
 
 SM90, SM80, SM89 = (GPUTarget("cuda", arch, 32) for arch in (90, 80, 89))
 GFX942 = GPUTarget("hip", "gfx942", 64)

@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from spg_kernels import NonFiniteGradientError, accumulate_importance_, reference  # noqa: E402
-from spg_kernels.backends.triton import importance, launch  # noqa: E402
+from spg_kernels import NonFiniteGradientError, accumulate_importance_, reference
+from spg_kernels.backends.triton import importance, launch
 
-from . import oracle  # noqa: E402
-from .triton_cases import fold  # noqa: E402
-from .triton_importance_interpreted import HARD, assert_equals_the_oracle  # noqa: E402
+from . import oracle
+from .triton_cases import fold
+from .triton_importance_interpreted import HARD, assert_equals_the_oracle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA or ROCm device")]
 

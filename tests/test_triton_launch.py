@@ -14,12 +14,12 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("the interpreter launches nothing", allow_module_level=True)
 
-import spg_kernels  # noqa: E402
-from spg_kernels import ops  # noqa: E402
-from spg_kernels.backends.triton import plans  # noqa: E402
+import spg_kernels
+from spg_kernels import ops
+from spg_kernels.backends.triton import plans
 
-from .triton_aot import SM90  # noqa: E402
-from .triton_cases import CASES, fold, inputs  # noqa: E402
+from .triton_aot import SM90
+from .triton_cases import CASES, fold, inputs
 
 _NO_DEVICE = 1 << 20  # Triton keeps what it compiled for each device: none that exists is to get kernels without code
 
