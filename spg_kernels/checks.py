@@ -21,7 +21,7 @@ def _check_lists(like: str, tensors: list[Tensor], **others: list[Tensor]) -> No
                 raise ValueError(f"{name}[{i}]: expected device {tensor.device} of {like}[{i}], got {twin.device}")
 
 
-def check_floating(name: str, tensors: list[Tensor], complex_too: bool = False) -> None:
+def _check_floating(name: str, tensors: list[Tensor], complex_too: bool = False) -> None:
     for i, tensor in enumerate(tensors):
         if not (tensor.is_floating_point() or (complex_too and tensor.is_complex())):
             raise TypeError(f"{name}[{i}]: expected a floating point tensor, got {tensor.dtype}")
@@ -46,17 +46,17 @@ def _check_gammas(like: str, tensors: list[Tensor], gammas: list[Tensor], one_va
 
 
 def _check_accumulate(gammas, grads) -> None:
-    check_floating("grads", grads, complex_too=True)
+    _check_floating("grads", grads, complex_too=True)
     _check_gammas("grads", grads, gammas, one_value=False)
 
 
 def _check_soft_mask(grads, gammas) -> None:
-    check_floating("grads", grads, complex_too=True)
+    _check_floating("grads", grads, complex_too=True)
     _check_gammas("grads", grads, gammas)
 
 
 def _check_update_mask(params, old_params, gammas) -> None:
-    check_floating("params", params, complex_too=True)
+    _check_floating("params", params, complex_too=True)
     _check_lists("params", params, old_params=old_params)
     _check_gammas("params", params, gammas)
     for i, (param, old) in enumerate(zip(params, old_params)):
@@ -65,10 +65,10 @@ def _check_update_mask(params, old_params, gammas) -> None:
 
 
 def _check_step(params, grads, gammas, **states: list[Tensor]) -> None:
-    check_floating("params", params)
+    _check_floating("params", params)
     _check_lists("params", params, grads=grads, **states)
     for name, tensors in {"grads": grads, **states}.items():
-        check_floating(name, tensors)
+        _check_floating(name, tensors)
     _check_gammas("params", params, gammas)
 
 
@@ -90,7 +90,7 @@ _CHECKS = {"accumulate_importance_": _check_accumulate, "soft_mask_": _check_sof
            "masked_sgd_": _check_sgd, "masked_adamw_": _check_adamw}
 
 
-def check_tensors(name: str, tensors: list[Tensor]) -> None:
+def _check_tensors(name: str, tensors: list[Tensor]) -> None:
     if not isinstance(tensors, (list, tuple)):  # not a union, which the compiler of torch 2.6 cannot follow
         raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
     for i, tensor in enumerate(tensors):
@@ -100,7 +100,7 @@ def check_tensors(name: str, tensors: list[Tensor]) -> None:
 
 def check_lists(op: str, lists: tuple[list[Tensor], ...]) -> None:
     for name, tensors in zip(LISTS[op], lists):
-        check_tensors(name, tensors)
+        _check_tensors(name, tensors)
     _CHECKS[op](*lists)
 
 

@@ -53,10 +53,12 @@ class Importance(Mapping):
         dtype: torch.float32 (exact), or torch.uint8: an 8-bit code, a quarter of the memory and traffic, at most 7 % off
             in 1 - gamma and never less protective.
 
-    `importance[name_or_parameter]` is gamma as a new float32 tensor of the parameter's shape; assigning sets it. `tasks`
-    counts finished measuring passes. gamma of a DTensor parameter is a DTensor with its placements; it can be set from one, or
-    from a whole tensor that is the same on every rank. Over sharded parameters every call that reads or sets values is
-    collective: make it on every rank.
+    `importance[name_or_parameter]` is gamma as a new float32 tensor of the parameter's shape; a KeyError if it is not known.
+    Assigning sets it, to a tensor of that shape with finite values in [0, 1] (else ValueError) and a floating point dtype, or
+    uint8 codes (else TypeError). `tasks` counts finished measuring passes.
+
+    gamma of a DTensor parameter is a DTensor with its placements; it can be set from one, or from a whole tensor that is the
+    same on every rank. Over sharded parameters every call that reads or sets values is collective: make it on every rank.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]] = (), dtype: torch.dtype = torch.float32):
@@ -78,7 +80,12 @@ class Importance(Mapping):
 
     @torch.inference_mode(False)  # whatever is made in it could not be written outside
     def add(self, name: str, parameter: Tensor) -> None:
-        """Know `parameter` as `name`, with gamma = 0 if the name is new."""
+        """Know `parameter` as `name`, with gamma = 0 if the name is new.
+
+        Raises:
+            ValueError: it is known by another name, its shape is not that of the name's gamma, or FSDP1 flattened it.
+            TypeError: it is neither floating point nor complex.
+        """
         self._check_parameter(name, parameter)
         if name not in self._gammas:
             self._gammas[name] = torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)

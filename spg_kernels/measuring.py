@@ -24,6 +24,9 @@ def cross_head_losses(model: nn.Module, task: int, loss: Callable[[Tensor, Tenso
 
     Returns:
         t + 1 functions of a batch, a pair of tensors (x, y), which are moved to the model's device.
+
+    Raises:
+        ValueError: `task` is negative. TypeError, when a loss is called: a batch that is no pair.
     """
     _check_task(task)
 
@@ -57,7 +60,8 @@ class SharedTrunkLosses(Sequence):
             and one more for the batch at hand. Heads that do not fit take another sweep; under three, one pass a head.
 
     Raises:
-        TypeError: `heads` is no sequence; in a pass, the trunk gives no tensor. ValueError: no such task, or no head for it.
+        TypeError: `heads` is no sequence; in a pass, a batch is no pair or the trunk gives no tensor. ValueError: no such
+            task, or no head for it.
     """
 
     def __init__(self, trunk: Callable[[Tensor], Tensor], heads: Sequence[nn.Module] | nn.ModuleList, task: int,

@@ -299,7 +299,8 @@ def importance(grad: Tensor, *, backend: str = "auto") -> Tensor:
         float32 tensor of `grad`'s shape, in [0, 1]; all 0 if `grad` is constant or has fewer than two elements.
 
     Raises:
-        NonFiniteGradientError: `grad` holds an inf or a NaN.
+        NonFiniteGradientError: `grad` holds an inf or a NaN. TypeError: it is no floating point or complex tensor.
+        ValueError: there is no such backend. BackendError: `backend` does not run here, or cannot take `grad`.
     """
     check_grad(grad)
     if is_compiling() or _len_torch_dispatch_stack():
@@ -316,9 +317,10 @@ def accumulate_importance_(gammas: Sequence[Tensor], grads: Sequence[Tensor], *,
     Args:
         gammas: float32 importances, or uint8 for 8-bit codes, one of each gradient's shape.
         grads: floating point or complex gradients.
+        backend: as in `importance`.
 
     Raises:
-        ValueError, TypeError: lists that do not match; nothing has changed.
+        ValueError, TypeError: lists that do not match; nothing has changed. BackendError: as in `importance`.
         NonFiniteGradientError: naming every `grads[i]` that holds an inf or a NaN; their gammas are untouched, the
             others are folded in, which is harmless: folding the same gradient in again changes nothing.
     """
@@ -337,9 +339,10 @@ def soft_mask_(grads: Sequence[Tensor], gammas: Sequence[Tensor], *, backend: st
         grads: floating point or complex tensors.
         gammas: of each gradient's shape, float32 or 8-bit codes (uint8); or 0-d float32, one value for the whole
             tensor (the heads' mean gamma).
+        backend: as in `importance`.
 
     Raises:
-        ValueError, TypeError: lists that do not match; nothing has changed.
+        ValueError, TypeError: lists that do not match; nothing has changed. BackendError: as in `importance`.
     """
     _call("soft_mask_", (grads, gammas), backend)
 
@@ -348,7 +351,11 @@ def update_mask_(params: Sequence[Tensor], old_params: Sequence[Tensor], gammas:
                  backend: str = "auto") -> None:
     """param_i <- old_i + (1 - gamma_i)(param_i - old_i), in place: the soft mask around any optimizer's step.
 
-    Exactly `old_i` where gamma = 1 and exactly `param_i` where gamma = 0. Arguments and errors as in `soft_mask_`.
+    Exactly `old_i` where gamma = 1 and exactly `param_i` where gamma = 0.
+
+    Args:
+        params, old_params: floating point or complex tensors, after the step and before; of the same shapes and dtypes.
+        gammas, backend: as in `soft_mask_`, and so are the errors.
     """
     _call("update_mask_", (params, old_params, gammas), backend)
 
@@ -362,7 +369,7 @@ def masked_sgd_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Seque
 
     Args:
         params, grads: floating point tensors.
-        gammas: as in `soft_mask_`.
+        gammas, backend: as in `soft_mask_`.
         momentum_buffers: torch.optim.SGD's, of each parameter's shape; empty if `momentum` is 0.
         is_first_step: the buffers are uninitialized and become the gradients.
         mask: "update" scales what the step adds to a parameter, "gradient" what enters the step (the paper's rule).
@@ -371,7 +378,7 @@ def masked_sgd_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Seque
         lr, momentum, dampening, weight_decay, nesterov, maximize: torch.optim.SGD's.
 
     Raises:
-        ValueError, TypeError: arguments that do not match; nothing has changed.
+        ValueError, TypeError: arguments that do not match; nothing has changed. BackendError: as in `importance`.
     """
     check_mask(mask)
     check_scaler(grad_scale, found_inf)
@@ -387,11 +394,11 @@ def masked_adamw_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Seq
                   lr: float | Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
                   weight_decay: float = 1e-2, decoupled: bool = True, maximize: bool = False, mask: str = "update",
                   grad_scale: Tensor | None = None, found_inf: Tensor | None = None, backend: str = "auto") -> None:
-    """One step of torch.optim.AdamW, or of Adam (`decoupled=False`), under the soft mask, in one pass over memory.
+    """One step of torch.optim.AdamW, or of Adam (`decoupled=False`), under the soft mask, in place, in one pass over memory.
 
     Args:
         params, grads: floating point tensors.
-        gammas: as in `soft_mask_`.
+        gammas, backend: as in `soft_mask_`.
         exp_avgs, exp_avg_sqs: torch's state, of each parameter's shape.
         max_exp_avg_sqs: likewise with amsgrad; empty without.
         state_steps: torch's step counts, one float32 scalar tensor a parameter; incremented by this call.
@@ -399,7 +406,7 @@ def masked_adamw_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Seq
         lr, beta1, beta2, eps, weight_decay, maximize: torch.optim.AdamW's.
 
     Raises:
-        ValueError, TypeError: arguments that do not match; nothing has changed.
+        ValueError, TypeError: arguments that do not match; nothing has changed. BackendError: as in `importance`.
     """
     check_mask(mask)
     check_scaler(grad_scale, found_inf)
