@@ -180,7 +180,8 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
     assert same(Importance.load(tmp_path / "a"), importance_of(1))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError("no number"),
+                                   KeyboardInterrupt("by hand")], ids=repr)
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_whatever_stops_a_save_leaves_the_file_that_was_there(tmp_path, monkeypatch, call, error):
     importance_of(1).save(tmp_path / "a")
@@ -190,7 +191,7 @@ def test_whatever_stops_a_save_leaves_the_file_that_was_there(tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, stop)
-        with pytest.raises(type(error)):
+        with pytest.raises(type(error), match=error.args[-1]):
             importance_of(2).save(tmp_path / "a")
     assert same(Importance.load(tmp_path / "a"), importance_of(1)) and os.listdir(tmp_path) == ["a"]
 

@@ -292,23 +292,3 @@ def test_a_compiled_step_takes_the_scalers_values_and_is_compiled_once(net, inne
         frames.append(counter.frame_count)
         assert all((p - q).abs().max() < 3e-6 for p, q in zip(values(net), values(twin)))
     assert frames[0] > 0 and len(set(frames[3:])) == 1, frames
-
-
-@pytest.mark.dropin(line=14)
-def test_a_grad_scaler_unscales_before_the_mask(net):
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    twin = copy.deepcopy(net)
-    ours, plain = wrap(net, "SGD fused", 0.5, backend="native"), wrap(twin, "SGD fused", 0.5, backend="reference")
-    x = torch.randn(8, 10)
-    loss = net(x, 0).square().mean()
-    scaler.scale(loss).backward()
-    scaler.step(ours)
-    twin(x, 0).square().mean().backward()
-    plain.step()
-    assert all((p - q).abs().max() < 1e-6 for p, q in zip(net.parameters(), twin.parameters()))
-    scaler.update()
-    before = values(net)
-    ours.zero_grad()
-    scaler.scale(net(x * float("inf"), 0).square().mean()).backward()
-    scaler.step(ours)
-    assert same_values(values(net), before), "a step with infinite gradients is skipped"
