@@ -213,11 +213,11 @@ def test_misaligned_views_and_mixed_dtypes_in_one_call(use):
 @pytest.mark.parametrize("gamma_dtype", [torch.float32, torch.uint8], ids=str)
 def test_more_than_two_to_the_31_elements(tmp_path, gamma_dtype):
     """Zeros in a sparse file, but for the last two tiles; only these are in the queue, all others count as measured."""
-    n, tile, alive = (1 << 31) + 10000, DEFAULT.tile, 10000
+    n, tile, alive = (1 << 31) + 20000, DEFAULT.tile, 20000
     grad = torch.from_file(str(tmp_path / "grad"), shared=True, size=n, dtype=torch.float16)
     gamma = torch.from_file(str(tmp_path / "gamma"), shared=True, size=n, dtype=gamma_dtype)
     grad[-alive:] = torch.randn(alive).half()
-    grad[-1] = 60000  # else 10000 values among so many zeros would all stand out
+    grad[-1] = 60000  # else 20000 values among so many zeros would all stand out
     tiles = -(-n // tile)
     items = torch.tensor([(t << 32) | kind.value for kind in (importance.STATISTICS, importance.FOLD)
                           for t in (tiles - 2, tiles - 1)])

@@ -32,15 +32,17 @@ def _tile_moments(grad, count, STEP: tl.constexpr, LANES: tl.constexpr, CONTIGUO
     exactly 0.
     """
     lane = tl.max_contiguous(tl.arange(0, LANES), CONTIGUOUS)
-    first = tl.load(grad, mask=count > 0, other=0.0).to(tl.float64)
     total = tl.zeros([LANES], tl.float64)
     square = tl.zeros([LANES], tl.float64)
     whole = count // STEP * STEP
     for start in range(0, whole, STEP):
+        # Volatile keeps it in the loop: before it, a tile's own loads would wait a whole access to memory for this one.
+        first = tl.load(grad, volatile=True).to(tl.float64)
         for part in tl.static_range(STEP // LANES):
             distance = tl.load(grad + (start + part * LANES + lane)).to(tl.float64) - first
             total += distance
             square = tl.fma(distance, distance, square)
+    first = tl.load(grad, mask=count > 0, other=0.0).to(tl.float64)
     for start in range(whole, count, LANES):
         here = start + lane < count
         distance = tl.where(here, tl.load(grad + (start + lane), mask=here, other=0.0).to(tl.float64) - first, 0.0)
@@ -272,9 +274,9 @@ RESIDENT = 3  # programs on a multiprocessor
 
 
 class Tiling(NamedTuple):
-    """How a device takes the work. `tile` and `step` count elements and are powers of two, 16 <= `step` <= `tile` <= 8192."""
+    """How a device takes the work. `tile` and `step` count elements and are powers of two, 16 <= `step` <= `tile`."""
 
-    tile: int = 8192
+    tile: int = 16384  # at most 8192 without `float64`; long enough to outweigh an item's own waits: tickets, tables, flags
     step: int = 4096  # what an iteration of the full-block loops loads
     group_bytes: int = 10 << 20  # of gradient: two groups are in flight, and gamma streams past them through the L2 cache
     float64: bool = True  # statistics; else float32 for every element, float64 for a few values of a tile
