@@ -12,6 +12,8 @@ from torch import Tensor
 # inductor's cache on disk serves a loop that was generated under another ATEN_CPU_CAPABILITY and compiles it for this one: then
 # it steps 16 elements and writes 8, or the other way round.
 torch.compiler.config.cache_key_tag += f" {torch.backends.cpu.get_cpu_capability()}"
+# The parts of a list longer than `_LARGEST_GRAPH` have up to 14 shapes; past torch's limit of 8 they would run uncompiled.
+torch._dynamo.config.recompile_limit = 64
 
 # Importance: gamma <- max(gamma, |tanh((g - mean) / std)|)
 
