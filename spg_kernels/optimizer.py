@@ -26,8 +26,8 @@ class SPGOptimizer(Optimizer):
 
     Args:
         optimizer: the inner optimizer.
-        heads: the task heads: modules, an nn.ModuleList (heads appended later count too), or parameters. They hold no
-            gamma, so `importance` must not know them, and are scaled by 1 - mean(gamma).
+        heads: the task heads: modules or parameters, one or several. What is appended later to an nn.ModuleList or a list
+            counts too. They hold no gamma, so `importance` must not know them, and are scaled by 1 - mean(gamma).
         named_parameters: `model.named_parameters()`, to key the importance by, of groups added later too. Without it: the names
             that `importance` knows these parameters by, those the inner optimizer was built with, or "group.slot".
         mask: "update" scales what the inner step adds to a parameter, right for every optimizer; "gradient" scales the
@@ -119,7 +119,7 @@ class SPGOptimizer(Optimizer):
     # Heads and trunk
 
     def _find_heads(self) -> None:
-        parameters = [p for head in self._heads for p in (head.parameters() if isinstance(head, nn.Module) else (head,))]
+        parameters = _parameters_of(self._heads)
         trunk = [name for name in map(self.importance.name_of, parameters) if name is not None]
         if trunk:
             raise ValueError(f"heads: {', '.join(trunk)} have an importance, as trunk parameters do; leave heads out of it, "
@@ -372,11 +372,16 @@ class SPGOptimizer(Optimizer):
 def _as_list(heads) -> list[nn.Module | Tensor]:
     if not isinstance(heads, nn.Module | Iterable):
         raise TypeError(f"heads: expected modules or parameters, got {type(heads).__name__}")
-    heads = [heads] if isinstance(heads, nn.Module | Tensor) else list(heads)
+    if isinstance(heads, nn.Module | Tensor):
+        return [heads]
+    return heads if isinstance(heads, list) else list(heads)  # a list may grow
+
+
+def _parameters_of(heads: list[nn.Module | Tensor]) -> list[Tensor]:
     for i, head in enumerate(heads):
         if not isinstance(head, nn.Module | Tensor):
             raise TypeError(f"heads[{i}]: expected a module or a parameter, got {type(head).__name__}")
-    return heads
+    return [p for head in heads for p in (head.parameters() if isinstance(head, nn.Module) else (head,))]
 
 
 def _as_named(named_parameters) -> dict[str, Tensor]:

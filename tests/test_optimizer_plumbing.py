@@ -234,6 +234,19 @@ def test_a_new_head_a_task(net):
     assert extra in optimizer.importance and optimizer.importance.name_of(extra) == "2.0"
 
 
+@pytest.mark.parametrize("new_head", [lambda: nn.Linear(16, 3), lambda: nn.Parameter(torch.randn(3, 16))])
+def test_a_list_of_heads_may_grow(net, new_head):
+    """README: append a new head to `heads` before add_param_group. In a list too: as trunk it would move unscaled."""
+    heads, head = [net.heads], new_head()
+    optimizer = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=heads)
+    heads.append("head")
+    with pytest.raises(TypeError, match=r"heads\[1\]: expected a module or a parameter, got str"):
+        optimizer.add_param_group({"params": [torch.zeros(3, requires_grad=True)]})
+    heads[1] = head
+    optimizer.add_param_group({"params": [head] if isinstance(head, nn.Parameter) else head.parameters()})
+    assert list(optimizer.importance) == ["0.0", "0.1", "0.2", "0.3"] and len(optimizer.param_groups) == 2
+
+
 def test_a_group_added_to_a_fresh_optimizer_takes_nobody_elses_name():
     first, second, third = (torch.nn.Parameter(torch.randn(3)) for _ in range(3))
     optimizer = SPGOptimizer(torch.optim.SGD([first], lr=0.1))
