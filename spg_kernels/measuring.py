@@ -34,7 +34,7 @@ def cross_head_losses(model: nn.Module, task: int, loss: Callable[[Tensor, Tenso
         def of_batch(batch: Sequence[Tensor]) -> Tensor:
             x, y = _moved(batch, model)
             outputs = model(x, head)
-            return loss(outputs, y) if head == task else outputs.sum()
+            return loss(outputs, y) if head == task else _probe(outputs, f"model(x, {head})")
 
         return of_batch
 
@@ -90,7 +90,7 @@ class SharedTrunkLosses(Sequence):
             raise TypeError(f"trunk: expected trunk(x) to give one tensor, got {type(features).__name__}")
         for head in heads:
             outputs = self.heads[head](features.clone())  # a head may begin with an operation in place
-            yield self.loss(outputs, y) if head == self.task else outputs.sum()
+            yield self.loss(outputs, y) if head == self.task else _probe(outputs, f"heads[{head}](features)")
 
 
 def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[Tensor], first: int, clear: Callable[[], None],
@@ -147,8 +147,22 @@ def _fold(sweep: range, sums: list[list], parameters: Sequence[Tensor], fold: Fo
 
 def _plain_sums(batches: Iterable, losses: Sequence[Callable], sweep: range, parameters: Sequence[Tensor]) -> list[list]:
     for batch in batches:
-        losses[sweep[0]](batch).backward()
+        _scalar(losses[sweep[0]](batch), sweep[0]).backward()
     return [[p.grad for p in parameters]]
+
+
+def _scalar(loss: object, index: int) -> Tensor:
+    """`loss` as it is; of a tuple, torch.autograd.grad would take the sum, and .backward() is none of its methods."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        seen = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"losses[{index}]: expected a function that gives a tensor of one element, got {seen}")
+    return loss
+
+
+def _probe(outputs: Tensor, of: str) -> Tensor:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"{of}: expected one tensor of outputs, whose sum probes an old head, got {type(outputs).__name__}")
+    return outputs.sum()
 
 
 def _shared_sums(batches: Iterable, losses: SharedTrunkLosses, sweep: range, parameters: Sequence[Tensor]) -> list[list]:
@@ -158,7 +172,8 @@ def _shared_sums(batches: Iterable, losses: SharedTrunkLosses, sweep: range, par
         for own, head, loss in zip(sums, sweep, losses.of_batch(sweep, batch)):
             # The last head frees what the trunk's graph holds, before the next batch makes another.
             retain = head != sweep[-1]
-            _add(own, torch.autograd.grad(loss, parameters, retain_graph=retain, allow_unused=True), parameters)
+            gradients = torch.autograd.grad(_scalar(loss, head), parameters, retain_graph=retain, allow_unused=True)
+            _add(own, gradients, parameters)
     return sums
 
 
@@ -197,10 +212,17 @@ def _moved(batch: Sequence[Tensor], module: nn.Module) -> list[Tensor]:
     if isinstance(batch, Mapping) or len(pair) != 2:
         raise TypeError(f"batch: expected a pair of tensors (inputs, targets), got {type(batch).__name__} of {len(pair)}")
     parameter = next(module.parameters(), None)
-    return pair if parameter is None else [tensor.to(parameter.device, non_blocking=True) for tensor in pair]
+    if parameter is None:
+        return pair
+    for i, part in enumerate(pair):
+        if not hasattr(part, "to"):
+            raise TypeError(f"batch[{i}]: expected a tensor, got {type(part).__name__}")
+    return [tensor.to(parameter.device, non_blocking=True) for tensor in pair]
 
 
 def _check_task(task: int) -> None:
+    if not hasattr(task, "__index__"):
+        raise TypeError(f"task: expected a whole number, got {type(task).__name__}")
     if task < 0:
         raise ValueError(f"task: expected 0 or more, got {task}")
 

@@ -15,19 +15,56 @@ def test_arguments_that_cannot_work_say_why(net):
         SharedTrunkLosses(net.trunk, net.heads, 3, F.cross_entropy)
     with pytest.raises(ValueError, match="task: expected 0 or more, got -1"):
         SharedTrunkLosses(net.trunk, net.heads, -1, F.cross_entropy)
+    with pytest.raises(TypeError, match="task: expected a whole number, got str"):
+        cross_head_losses(net, "1", F.cross_entropy)
     with pytest.raises(TypeError, match="heads: expected a sequence of modules, got Linear"):
         SharedTrunkLosses(net.trunk, net.heads[0], 0, F.cross_entropy)
     with pytest.raises(TypeError, match="trunk: .*one tensor, got tuple"):
         wrap(net).measure_importance(tasks()[0], SharedTrunkLosses(lambda x: (x, x), net.heads, 1, F.cross_entropy))
 
 
-@pytest.mark.parametrize("form", [cross_head_losses, lambda net, *rest: SharedTrunkLosses(net.trunk, net.heads, *rest)],
-                         ids=["plain", "shared"])
+FORMS = pytest.mark.parametrize("form", [cross_head_losses, lambda net, *rest: SharedTrunkLosses(net.trunk, net.heads, *rest)],
+                                ids=["plain", "shared"])
+
+
+@FORMS
 @pytest.mark.parametrize("batch, seen", [({"x": 1, "y": 2}, "dict of 2"), ([torch.ones(8, 10)] * 3, "list of 3"),
                                          (torch.ones(8, 10), "Tensor of 8")], ids=["dict", "three", "inputs alone"])
 def test_a_batch_is_a_pair(net, form, batch, seen):
     with pytest.raises(TypeError, match=rf"batch: expected a pair of tensors \(inputs, targets\), got {seen}"):
         wrap(net).measure_importance([batch], form(net, 1, F.cross_entropy), progress=False)
+
+
+@FORMS
+@pytest.mark.parametrize("batch, message", [(({"x": 1}, torch.ones(8)), r"batch\[0\]: expected a tensor, got dict"),
+                                            ((torch.ones(8, 10), [1] * 8), r"batch\[1\]: expected a tensor, got list")])
+def test_both_of_a_batch_are_tensors(net, form, batch, message):
+    with pytest.raises(TypeError, match=message):
+        wrap(net).measure_importance([batch], form(net, 1, F.cross_entropy), progress=False)
+
+
+@FORMS
+@pytest.mark.parametrize("loss, seen", [
+    (lambda outputs, y: (F.cross_entropy(outputs, y), outputs.square().mean()), "tuple"),  # torch.autograd.grad took their sum
+    (lambda outputs, y: F.cross_entropy(outputs, y, reduction="none"), r"a tensor of shape \(8,\)"),
+    (lambda outputs, y: F.cross_entropy(outputs, y).item(), "float"),
+], ids=["tuple", "vector", "number"])
+def test_a_loss_is_one_number(net, form, loss, seen):
+    optimizer = wrap(net)
+    with pytest.raises(TypeError, match=rf"losses\[1\]: expected a function that gives a tensor of one element, got {seen}"):
+        optimizer.measure_importance(tasks()[0], form(net, 1, loss), progress=False)
+    assert optimizer.importance.tasks == 0 and all(p.grad is None for p in net.parameters())
+
+
+@FORMS
+def test_an_old_head_is_probed_by_one_tensor(net, form):
+    class Dictionary(torch.nn.Linear):
+        def forward(self, features):
+            return {"logits": super().forward(features)}
+
+    net.heads[0] = Dictionary(16, 3)
+    with pytest.raises(TypeError, match="(model.x, 0.|heads.0..features.): expected one tensor of outputs.*, got dict"):
+        wrap(net).measure_importance(tasks()[0], form(net, 1, F.cross_entropy), progress=False)
 
 
 @pytest.mark.parametrize("error", [TypeError, NotImplementedError])
