@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from . import distributed, files, ops
@@ -33,7 +33,8 @@ class Capacity:
     tasks: int
 
     def __str__(self) -> str:
-        table = Table("parameter", title=f"capacity after {self.tasks} tasks; heads move by {self.head_factor:.4f}")
+        table = Table(Column("parameter", overflow="fold"),  # long names differ in their ends
+                      title=f"capacity after {self.tasks} tasks; heads move by {self.head_factor:.4f}")
         for column in ("elements", "mean gamma", "gamma > 0.5", "gamma > 0.99"):
             table.add_column(column, justify="right")
         for row in self.rows:

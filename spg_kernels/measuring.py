@@ -209,7 +209,7 @@ def _batches(loader: Iterable, sweeps: int) -> int | None:
 
 def _moved(batch: Sequence[Tensor], module: nn.Module) -> list[Tensor]:
     pair = list(batch)
-    if isinstance(batch, Mapping) or len(pair) != 2:
+    if isinstance(batch, Mapping | Tensor) or len(pair) != 2:
         raise TypeError(f"batch: expected a pair of tensors (inputs, targets), got {type(batch).__name__} of {len(pair)}")
     parameter = next(module.parameters(), None)
     if parameter is None:

@@ -198,3 +198,10 @@ def test_the_summary_is_plain_numbers(net):
 def test_the_summary_prints_any_name():
     text = str(Importance([("experts[/0]", nn.Parameter(torch.zeros(2))), ("[bold]", nn.Parameter(torch.zeros(2)))]).summary())
     assert "experts[/0]" in text and "[bold]" in text
+
+
+def test_the_summary_prints_the_ends_of_long_names():
+    names = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{ab}.default.weight" for i in (0, 31) for ab in "AB"]
+    text = str(Importance([(name, nn.Parameter(torch.zeros(2))) for name in names]).summary())
+    parts = "".join(line.split("│")[1].strip() for line in text.splitlines() if "│" in line)
+    assert all(name in parts for name in names) and max(map(len, text.splitlines())) <= 100
