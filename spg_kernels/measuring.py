@@ -20,7 +20,7 @@ def cross_head_losses(model: nn.Module, task: int, loss: Callable[[Tensor, Tenso
         model: called as `model(x, tau)`, giving head tau's outputs.
         task: t, the task just trained.
         loss: the task's own loss, called as `loss(outputs, y)`; old heads are probed with the sum of their outputs
-            (cross-head importance).
+            (cross-head importance). Gradients add up over batches: a mean weighs every batch alike, a sum every example.
 
     Returns:
         t + 1 functions of a batch, a pair of tensors (x, y), which are moved to the model's device.

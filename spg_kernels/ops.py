@@ -296,7 +296,8 @@ def importance(grad: Tensor, *, backend: str = "auto") -> Tensor:
         backend: "auto", "triton", "native" or "reference".
 
     Returns:
-        float32 tensor of `grad`'s shape, in [0, 1]; all 0 if `grad` is constant or has fewer than two elements.
+        float32 tensor of `grad`'s shape, in [0, 1]; all 0 if `grad` is constant or has fewer than two elements. A complex
+        one is standardized over real and imaginary parts, and an element stands out as the larger of its two does.
 
     Raises:
         NonFiniteGradientError: `grad` holds an inf or a NaN. TypeError: it is no floating point or complex tensor.

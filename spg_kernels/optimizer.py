@@ -243,18 +243,18 @@ class SPGOptimizer(Optimizer):
     def measure_importance(self, loader: Iterable, losses: Sequence[Callable], *, progress: bool = True) -> None:
         """The whole measuring pass after a task: for each loss clear gradients, run `loader`, fold; then count the task.
 
-        Leaves `.grad` None; parameters, optimizer state and the model's mode stay as they were. Interrupted, by an error or
-        by hand, and called again with the same `loader` and `losses`, it goes on with the first loss that is not folded in;
-        unless a parameter or an importance was changed in between: then it starts anew. What was written through `.data`
-        alone goes unnoticed.
+        Leaves `.grad` None; parameters, optimizer state and the model's mode stay as they were. In train mode running
+        statistics go on. Interrupted, by an error or by hand, and called again with the same `loader` and `losses`, it goes on
+        with the first loss that is not folded in; unless a parameter or an importance was changed in between: then it starts
+        anew. What was written through `.data` alone goes unnoticed.
 
         Args:
             loader: gives batches, once for every loss; with `SharedTrunkLosses` once for many.
-            losses: functions of a batch: `cross_head_losses(model, t, loss)`, or `SharedTrunkLosses(trunk, heads, t, loss)`.
+            losses: functions of a batch that give one number each, such as `cross_head_losses` and `SharedTrunkLosses` make.
             progress: show a progress bar.
 
         Raises:
-            ValueError: no losses, no batches, or an iterator that only the first loss could use. TypeError: `losses` is no list.
+            ValueError: no losses, no batches, or an iterator that only the first loss could use. TypeError: no list of such losses.
             NonFiniteGradientError: see `accumulate_importance`. What earlier losses folded in stays, which is harmless:
                 folding it in again changes nothing.
         """

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.optim import lr_scheduler, swa_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spg_kernels import BackendError, SPGOptimizer
+from spg_kernels import BackendError, Importance, SPGOptimizer
 
 from .models import Net, set_gradients
 from .wrapping import INNER, closure_for, equal, train, values, wrap
@@ -43,6 +43,26 @@ def test_every_scheduler_reaches_the_inner_optimizer(net, name):
     settings = [ours.inner.param_groups[0][key] for _ in schedule(ours) for key in ("lr", "momentum")]
     assert settings == [x for groups in schedule(plain) for pair in groups for x in pair]
     assert len(set(settings[::2])) > 1
+
+
+@pytest.mark.parametrize("inner", ["SGD momentum", "AdamW", "RMSprop"])
+def test_two_optimizers_with_one_importance_are_as_one(net, inner):
+    """Muon takes matrices alone, SparseAdam sparse gradients alone: something else steps the rest."""
+    twin = copy.deepcopy(net)
+    one = wrap(twin, inner)
+    matrices, rest = ([p for p in net.parameters() if (p.dim() == 2) == two] for two in (True, False))
+    known = Importance()
+    first, second = (SPGOptimizer(INNER[inner](own), heads=net.heads, named_parameters=net.named_parameters(), importance=known)
+                     for own in (matrices, rest))
+    for seed in range(4):
+        for model, optimizers in ((twin, [one]), (net, [first, second])):
+            set_gradients(model.parameters(), seed)
+            for optimizer in optimizers:
+                optimizer.step()
+            if seed == 1:
+                for optimizer in optimizers:
+                    optimizer.accumulate_importance()
+    assert equal(values(net), values(twin)) and float(known.mean()) == float(one.importance.mean()) > 0
 
 
 @pytest.mark.dropin(line=14)
