@@ -118,3 +118,11 @@ def check_scaler(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
 def check_mask(mask: str) -> None:
     if mask not in MASKS:
         raise ValueError(f"mask: expected 'update' or 'gradient', got {mask!r}")
+
+
+def check_numbers(lr, **settings) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr: expected one value, got shape {tuple(lr.shape)}")
+    for name, value in {"lr": lr, **settings}.items():
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

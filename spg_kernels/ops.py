@@ -27,7 +27,7 @@ from torch.compiler import is_compiling
 from . import reference
 from .backends.plans import DTYPES, LISTS, Plan
 from .backends.tensors import Lists
-from .checks import GAMMA_DTYPES, MASKS, check_grad, check_lists, check_mask, check_scaler  # noqa: F401
+from .checks import GAMMA_DTYPES, MASKS, check_grad, check_lists, check_mask, check_numbers, check_scaler  # noqa: F401
 from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
 
@@ -383,6 +383,7 @@ def masked_sgd_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Seque
     """
     check_mask(mask)
     check_scaler(grad_scale, found_inf)
+    check_numbers(lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
     if momentum and len(momentum_buffers) != len(params):
         raise ValueError(f"momentum_buffers: expected {len(params)} tensors with momentum = {momentum}, got {len(momentum_buffers)}")
     _call("masked_sgd_", (params, grads, gammas, list(momentum_buffers) if momentum else []), backend, lr=lr,
@@ -411,6 +412,7 @@ def masked_adamw_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Seq
     """
     check_mask(mask)
     check_scaler(grad_scale, found_inf)
+    check_numbers(lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     _call("masked_adamw_", (params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps), backend, lr=lr,
           beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, mask=mask,
           grad_scale=grad_scale, found_inf=found_inf)

@@ -76,6 +76,21 @@ def test_values_that_are_not_one_float32_are_refused(backend, op, name):
     assert equal(lists, before)
 
 
+@pytest.mark.parametrize("op, name", [("masked_sgd_", "momentum"), ("masked_adamw_", "beta1"), ("masked_adamw_", "eps"),
+                                      ("masked_sgd_", "lr"), ("masked_adamw_", "lr")])
+def test_settings_that_are_no_numbers_are_refused(backend, op, name):
+    """The reference had counted the step and moved the moments by the time that it met them."""
+    lists = inputs(op, torch.float32, torch.float32, "float32", SHAPES)
+    before = copies(lists)
+    cases = [(TypeError, f"^{name}: expected a number, got {type(bad).__name__}", bad) for bad in (None, "0.1", [0.1])]
+    if name == "lr":
+        cases.append((ValueError, r"^lr: expected one value, got shape \(2,\)", torch.ones(2)))
+    for kind, message, value in cases:
+        with pytest.raises(kind, match=message):
+            getattr(spg_kernels, op)(*lists, backend=backend, **{"lr": 0.1, name: value})
+    assert equal(lists, before)
+
+
 def test_a_compiled_function_scales_and_skips_without_a_graph_break(backend):
     def step(param, grad, gamma, grad_scale, found_inf):
         scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
