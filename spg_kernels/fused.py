@@ -141,7 +141,9 @@ def _sgd(inner: SGD, group: dict, found: _Found, grads: list[Tensor]) -> list[op
 def _adam(inner: Adam, group: dict, found: _Found, grads: list[Tensor]) -> list[ops.Call]:
     settings = {key: group[key] for key in ("lr", "eps", "weight_decay", "maximize")}
     settings["beta1"], settings["beta2"] = group["betas"]
-    # AdamW was a class of its own before it became Adam with this group setting.
-    settings["decoupled"] = group.get("decoupled_weight_decay", False) or isinstance(inner, AdamW)
+    # AdamW was a class of its own before it became Adam with this group setting; torch 2.6, which loads the setting from a later
+    # torch's checkpoint all the same, does not read it.
+    has_setting = "decoupled_weight_decay" in inner.defaults
+    settings["decoupled"] = group["decoupled_weight_decay"] if has_setting else isinstance(inner, AdamW)
     states = [list(map(itemgetter(name), found.states)) if name else [] for name in found.names]
     return [ops.Call("masked_adamw_", (found.params, grads, found.gammas, *states), settings)]

@@ -135,6 +135,23 @@ def test_nothing_is_looked_up_again_while_nothing_changes(net, monkeypatch):
     optimizer.step()
 
 
+@pytest.mark.parametrize("inner", ["Adam", "AdamW"])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay_is_decoupled_where_torchs_own_step_decouples_it(inner, decoupled):
+    """A group has the setting for itself; torch 2.6 has it from a later torch's checkpoint at most, and does not read it."""
+    trained = []
+    for backend in ("native", "reference"):
+        torch.manual_seed(0)
+        net = Net()
+        optimizer = wrap(net, inner, gamma=0.5, backend=backend)
+        optimizer.param_groups[0]["decoupled_weight_decay"] = decoupled
+        set_gradients(net.parameters())
+        optimizer.step()
+        trained.append(values(net))
+    for fused, generic in zip(*trained, strict=True):
+        assert torch.allclose(fused, generic, rtol=1e-5, atol=1e-6)
+
+
 def test_sgd_without_momentum_leaves_no_state(net):
     optimizer = wrap(net, "SGD", gamma=0.5)
     set_gradients(net.parameters())
