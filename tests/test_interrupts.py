@@ -53,6 +53,31 @@ def test_two_threads_train_as_each_would_alone(inner):
     assert equal(together[0], alone[0]) and equal(together[1], alone[1])
 
 
+def test_threads_that_push_each_others_plans_out_do_not_fail():
+    failures = []
+
+    def work(k: int) -> None:
+        try:
+            for n in (i * (k + 3) % 61 + 1 for i in range(1000)):  # more lengths than plans are kept for
+                grads = [torch.ones(3) for _ in range(n)]
+                spg_kernels.soft_mask_(grads, [torch.full((3,), 0.5)] * n, backend="native")
+                assert all(bool((grad == 0.5).all()) for grad in grads)
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        workers = [threading.Thread(target=work, args=(k,)) for k in range(6)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+
+
 def masked_in_a_child(queue) -> None:
     torch.set_num_threads(1)  # as DataLoader does for its workers: after a fork OpenMP, torch's own too, has no other threads
     grad, gamma = torch.linspace(-1, 1, 100_000), torch.linspace(0, 1, 100_000)

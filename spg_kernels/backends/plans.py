@@ -76,8 +76,8 @@ class Plans:
         known = self._plans.setdefault((op, *map(len, lists)), [])
         known.insert(0, plan)
         del known[_PLANS_PER_KEY:]
-        while len(self._plans) > _KEYS:
-            self._plans.pop(next(iter(self._plans)), None)
+        for key in list(self._plans)[:-_KEYS]:  # in one go: other threads make plans too
+            self._plans.pop(key, None)
         return plan, addresses_of(lists)
 
 
