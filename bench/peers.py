@@ -13,7 +13,7 @@ from torch import Tensor
 # it steps 16 elements and writes 8, or the other way round.
 torch.compiler.config.cache_key_tag += f" {torch.backends.cpu.get_cpu_capability()}"
 # The parts of a list longer than `_LARGEST_GRAPH` have up to 14 shapes; past torch's limit of 8 they would run uncompiled.
-torch._dynamo.config.recompile_limit = 64
+torch._dynamo.config.cache_size_limit = 64  # recompile_limit since torch 2.7
 
 # Importance: gamma <- max(gamma, |tanh((g - mean) / std)|)
 
