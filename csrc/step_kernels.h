@@ -118,16 +118,16 @@ static void update_mask(int32_t dtype, void* param, const void* old_param, Gamma
 // In the steps, the mask on the gradient and the mask on the update are one code path: the other factor is 1, and a
 // product with 1 is exact. The fused multiply-adds are where torch's own kernels have them, so that with f = 1 the bits are
 // torch's (SGD) or within rounding (Adam, whose update and decay are one sum here) even where a sum cancels.
-template <class Usual, class Momentum, class Factor>
-static inline void sgd_block(Usual usual, Momentum has_momentum, const SgdStep& s, float* __restrict p,
+template <class Usual, class Plain, class Momentum, class Factor>
+static inline void sgd_block(Usual usual, Plain plain, Momentum has_momentum, const SgdStep& s, float* __restrict p,
                              const float* __restrict g, float* __restrict buf, Factor factor, int64_t count) {
   const float grad_factor = s.grad_factor, lr = s.lr, momentum = s.momentum, share = s.gradient_share, decay = s.weight_decay;
-  const uint32_t on_gradient = mask_if(!usual && s.mask_gradient), decays = mask_if(decay != 0.0f);
+  const uint32_t on_gradient = mask_if(!usual && s.mask_gradient), decays = mask_if(!plain && decay != 0.0f);
   const uint32_t first = mask_if(!usual && s.first), nesterov = mask_if(!usual && s.nesterov);
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) {
     const float f = factor(i);
-    float d = masked(grad_factor * g[i], select(on_gradient, f, 1.0f));
+    float d = masked(plain ? g[i] : grad_factor * g[i], select(on_gradient, f, 1.0f));
     d = select(decays, SPG_FMA(decay, p[i], d), d);
     if (has_momentum) {
       const float b = select(first, d, SPG_FMA(share, d, momentum * buf[i]));
@@ -141,6 +141,7 @@ static inline void sgd_block(Usual usual, Momentum has_momentum, const SgdStep& 
 static void sgd(const SgdStep& step, const Sgd& t, Gamma gamma, int64_t begin, int64_t end) {
   float p_scratch[kBlock], g_scratch[kBlock], buf_scratch[kBlock];
   const bool usual = !step.mask_gradient && !step.first && !step.nesterov;
+  const bool plain = step.grad_factor == 1.0f && step.weight_decay == 0.0f;
   const bool in_place = t.dtype == SPG_FLOAT32;  // the state is then float32 too
   const int64_t block = block_size(in_place && gamma.dtype != SPG_CODE8, begin, end);
   for (int64_t b = begin; b < end; b += block) {
@@ -149,8 +150,12 @@ static void sgd(const SgdStep& step, const Sgd& t, Gamma gamma, int64_t begin, i
     const float* g = read(t.dtype, t.grad, b, count, g_scratch);
     float* buf = t.momentum_buffer ? read(t.state_dtype, t.momentum_buffer, b, count, buf_scratch) : nullptr;
     with_choice(usual, [&](auto usual_type) {
-      with_choice(buf, [&](auto has_momentum) {
-        with_factor(gamma, b, count, [&](auto factor) { sgd_block(usual_type, has_momentum, step, p, g, buf, factor, count); });
+      with_choice(plain, [&](auto plain_type) {
+        with_choice(buf, [&](auto has_momentum) {
+          with_factor(gamma, b, count, [&](auto factor) {
+            sgd_block(usual_type, plain_type, has_momentum, step, p, g, buf, factor, count);
+          });
+        });
       });
     });
     if (buf) write(t.state_dtype, t.momentum_buffer, b, count, buf);

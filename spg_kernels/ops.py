@@ -127,13 +127,17 @@ def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None
     return chosen, plan, addresses
 
 
-def _execute(op: str, lists: Lists, kwargs: dict, backend: str):
+def _run(op: str, lists: Lists, kwargs: dict, backend: str):
     """Run `op` on the chosen backend; under "auto", tensors it cannot take go to the reference."""
     chosen, plan, addresses = choose(op, lists, backend)
     if addresses is not None:
         if not plan.is_disjoint(addresses):
             _check_memory(op, lists)
             plan.remember_disjoint(addresses)
+        # Kernels write through raw pointers, which autograd cannot see. It is told before, while the tensors' records are still
+        # in the cache from being looked at: after a pass over a model they are not.
+        for i in _MUTATED[op]:
+            increment_version(lists[i])
         return getattr(chosen, op)(plan.launch, addresses, lists, **kwargs)
     _check_memory(op, lists)
     if plan is None:
@@ -143,7 +147,7 @@ def _execute(op: str, lists: Lists, kwargs: dict, backend: str):
     log.debug("%s: %d of %d tensors take the reference, the first (%d) because it %s",
               op, len(plan.refused), len(lists[0]), *plan.first_refusal())
     taken = [i for i in range(len(lists[0])) if i not in plan.refused]
-    results = [(part, _execute(op, tuple([tensors[i] for i in part] if tensors else [] for tensors in lists), kwargs, name))
+    results = [(part, _run(op, tuple([tensors[i] for i in part] if tensors else [] for tensors in lists), kwargs, name))
                for part, name in ((taken, backend), (list(plan.refused), "reference")) if part]
     if results[0][1] is None:
         return None
@@ -182,14 +186,6 @@ _MUTATED = {op: [i for i, argument in enumerate(schema.split(", ")) if "!" in ar
 # (mode="reduce-overhead") nothing may outlive a call; with the second tag, which torch 2.6 lacks, operators stay outside.
 _TAGS = tuple(getattr(torch.Tag, tag) for tag in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, tag))
 _LIBRARY = torch.library.Library("spg_kernels", "DEF")
-
-
-def _run(op: str, lists: Lists, kwargs: dict, backend: str):
-    """Run `op` now, and tell autograd what was written."""
-    result = _execute(op, lists, kwargs, backend)
-    for i in _MUTATED[op]:
-        increment_version(lists[i])  # kernels write through raw pointers, which it cannot see
-    return result
 
 
 def _call(op: str, lists: Lists, backend: str, **kwargs):
@@ -239,9 +235,8 @@ def try_calls(calls: list[Call], common: dict, backend: str) -> bool:
             return False
         ready.append((getattr(chosen, op), plan.launch, addresses, lists, settings))
     for run, launch, addresses, lists, settings in ready:
+        increment_version(lists[0])  # before, as in `_run`; of what a step writes, a graph can only have saved the parameters
         run(launch, addresses, lists, **settings, **common)
-        # Of what a step writes, a graph can only have saved the parameters.
-        increment_version(lists[0])
     return True
 
 
