@@ -10,12 +10,14 @@ import gzip
 import math
 import pickle
 import struct
+import zlib
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 IDX_UNSIGNED_BYTE = 0x08
+IDX_MOST_BYTES = 1 << 30  # twice the largest of MNIST's kind, and what a compressed megabyte can grow to
 CIFAR_IMAGE = (3, 32, 32)
 
 
@@ -31,7 +33,7 @@ def read_idx(path: str | Path, dimensions: int) -> np.ndarray:
         dimensions: how many dimensions it must have: 3 for images, 1 for labels.
 
     Raises:
-        DataError: wrong magic number, element type or dimensions, or more or fewer bytes than the header announces.
+        DataError: wrong magic number, element type or dimensions, over 1 GiB, or more or fewer bytes than the header announces.
     """
     path = Path(path)
     try:
@@ -39,7 +41,7 @@ def read_idx(path: str | Path, dimensions: int) -> np.ndarray:
             compressed = plain.read(2) == b"\x1f\x8b"
         with gzip.open(path) if compressed else path.open("rb") as file:
             return _parse_idx(file, path, dimensions)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
@@ -55,9 +57,11 @@ def _parse_idx(file, path: Path, dimensions: int) -> np.ndarray:
     if len(header) != 4 * dimensions:
         raise DataError(f"{path}: IDX header ends early")
     shape = struct.unpack(f">{dimensions}I", header)
-    # In pieces up to one byte past the end: a damaged header must not make us reserve 2**96 bytes, and what is too
-    # long must show.
     expected = math.prod(shape)
+    if not 0 < expected <= IDX_MOST_BYTES:
+        raise DataError(f"{path}: IDX header announces {expected} bytes of data {shape}, expected 1 to {IDX_MOST_BYTES}")
+    # In pieces up to one byte past the end: a damaged header must not make us reserve a gigabyte, and what is too long
+    # must show.
     content = bytearray()
     while len(content) <= expected and (piece := file.read(min(1 << 20, expected + 1 - len(content)))):
         content += piece
@@ -94,10 +98,10 @@ def read_cifar(path: str | Path, label_key: str = "fine_labels") -> tuple[np.nda
             raise DataError(f"{path}: no entry {key!r}")
     images, labels = content["data"], content[label_key]
     images = images.array if isinstance(images, _Array) else None
-    if images is None or images.ndim != 2 or images.shape[1] != math.prod(CIFAR_IMAGE):
+    if images is None or images.shape[1] != math.prod(CIFAR_IMAGE):
         raise DataError(f"{path}: 'data' must be an array of unsigned bytes, (n, {math.prod(CIFAR_IMAGE)})")
-    if not isinstance(labels, list) or not all(type(label) is int and label >= 0 for label in labels):
-        raise DataError(f"{path}: {label_key!r} must be a list of integers from 0")
+    if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 1 << 63 for label in labels):
+        raise DataError(f"{path}: {label_key!r} must be a list of integers from 0, of 64 bits")
     if len(labels) != len(images):
         raise DataError(f"{path}: {len(images)} images and {len(labels)} labels")
     return images.reshape(-1, *CIFAR_IMAGE), np.array(labels, np.int64)
@@ -125,6 +129,9 @@ class _Array:
         _, shape, dtype, fortran_order, content = state
         if not isinstance(dtype, _DType) or dtype.name not in ("u1", "uint8"):
             raise DataError("holds an array that is not of unsigned bytes")
+        # Before anything is made of it: the text of a shape of nested lists, or the product of long numbers, can take for ever.
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 <= n < 1 << 32 for n in shape)):
+            raise DataError("holds an array that is not a matrix")
         if not isinstance(content, bytes) or len(content) != math.prod(shape):
             raise DataError(f"holds an array {shape} whose bytes do not fill it")
         self.array = np.frombuffer(bytearray(content), np.uint8).reshape(shape, order="F" if fortran_order else "C")

@@ -52,9 +52,13 @@ def test_idx_files_are_read_compressed_or_not(tmp_path, images, compress):
     (idx(np.zeros((2, 2), np.uint8)), "2 dimensions, expected 3"),
     (idx(np.zeros((2, 2, 2), np.uint8))[:-1], "announces 8 bytes.*has 7"),
     (idx(np.zeros((2, 2, 2), np.uint8)) + b"x", "announces 8 bytes.*has more"),
-    (struct.pack(">BBBB3I", 0, 0, 8, 3, 2**31, 2**31, 2**31), "has 0"),
+    (struct.pack(">BBBB3I", 0, 0, 8, 3, 2**31, 2**31, 2**31), "expected 1 to 1073741824"),
+    (struct.pack(">BBBB3I", 0, 0, 8, 3, 0, 2**32 - 1, 2**32 - 1), "announces 0 bytes"),
+    (struct.pack(">BBBB3I", 0, 0, 8, 3, 60000, 28, 28), "announces 47040000 bytes.*has 0"),
     (gzip.compress(idx(np.zeros((2, 2, 2), np.uint8)))[:-9], "cannot be read|announces"),
-], ids=["empty", "another format", "floats", "labels for images", "cut off", "too long", "absurd header", "cut off in gzip"])
+    (gzip.compress(idx(np.zeros((2, 2, 2), np.uint8)))[:10] + b"\xff" * 20, "cannot be read"),
+], ids=["empty", "another format", "floats", "labels for images", "cut off", "too long", "absurd header", "absurd and empty",
+        "no data", "cut off in gzip", "damaged in gzip"])
 def test_a_damaged_idx_file_says_what_is_wrong(tmp_path, content, message):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -81,6 +85,8 @@ class Evil:
     ({b"data": "x"}, "3072"),
     ({b"fine_labels": [1, 2]}, "5 images and 2 labels"),
     ({b"fine_labels": [-1] * 5}, "integers from 0"),
+    ({b"fine_labels": [2**70] * 5}, "integers from 0"),
+    ({b"data": np.zeros(5 * 3072, np.uint8)}, "not a matrix"),
 ])
 def test_a_cifar_file_can_neither_run_code_nor_be_another_thing(tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)

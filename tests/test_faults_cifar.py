@@ -21,6 +21,11 @@ def tuples_of_tuples_as_a_key(depth: int) -> bytes:
     return b"\x80\x02})" + b"q\x00h\x00\x86" * depth + b"Ns."
 
 
+def array_of_shape(shape: bytes) -> bytes:
+    state = b"(K\x01" + shape + b"cnumpy\ndtype\nU\x02u1\x85R\x89U\x00t"
+    return b"\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\n)R" + state + b"bs."
+
+
 @pytest.mark.parametrize("content", [
     b"\x80\x02}r" + struct.pack("<I", (1 << 32) - 1) + b".",
     b"}p99999999999\n.",
@@ -29,6 +34,8 @@ def tuples_of_tuples_as_a_key(depth: int) -> bytes:
     b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b".",
     nested_tuple_as_a_key(300_000),
     tuples_of_tuples_as_a_key(200),
+    array_of_shape(b"K\x01\x85" + b"q\x00h\x00\x86" * 200 + b"\x85"),
+    array_of_shape(b"(" + (b"\x8a\xfa" + b"\x7f" * 250) * 4000 + b"t"),
     b"\x80\x02cnumpy\ndtype\n}X\x04\x00\x00\x00evilK\x01sb.",
     b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nN}X\x04\x00\x00\x00evilK\x01s\x86b.",
     b"\x80\x02cnumpy\ndtype\n)\x81.",
@@ -37,8 +44,9 @@ def tuples_of_tuples_as_a_key(depth: int) -> bytes:
     b"(S'1'\nibuiltins\neval\n.",
     b"\x80\x02\x82\x01.",
     b"Pabc\n.",
-], ids=["memo index", "memo index in text", "bytes", "bytearray", "frame", "nested tuple", "tuples of tuples", "state of a class",
-        "attribute of a class", "new object", "global", "stack global", "instance", "extension", "persistent id"])
+], ids=["memo index", "memo index in text", "bytes", "bytearray", "frame", "nested tuple", "tuples of tuples", "nested shape",
+        "shape of long numbers", "state of a class", "attribute of a class", "new object", "global", "stack global", "instance",
+        "extension", "persistent id"])
 def test_a_pickle_made_to_harm_is_refused(tmp_path, content):
     (tmp_path / "train").write_bytes(content)
     started, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
