@@ -32,12 +32,14 @@ def check_tasks(tasks: object) -> None:
 
 
 def check_names(names: object) -> None:
-    """Parameter names are strings, and none is a way out of a directory: whoever makes paths of them must be safe to."""
+    """Parameter names are text, and none is a way out of a directory: whoever makes paths of them must be safe to."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("names: expected a list of strings")
     for name in names:
         parts = name.replace("\\", "/").split("/")
-        if name == "__metadata__" or "\0" in name or ".." in parts or (len(parts) > 1 and parts[0] in ("", "~")):
+        lone_surrogate = any("\ud800" <= character <= "\udfff" for character in name)  # which no file in UTF-8 can hold
+        if (name == "__metadata__" or "\0" in name or lone_surrogate or ".." in parts
+                or (len(parts) > 1 and parts[0] in ("", "~"))):
             raise ValueError(f"names: {name!r} is no name of a parameter")
 
 
@@ -91,11 +93,12 @@ def _parse(file: safe_open) -> tuple[dict[str, Tensor], int, torch.dtype]:
     check_names(names)
     if set(names) != set(file.keys()):
         raise ValueError(f"damaged: names {sorted(set(names) ^ set(file.keys()))} without a tensor, or tensors without a name")
-    gammas = {name: file.get_tensor(name) for name in names}
     dtype = _DTYPES.get(metadata["dtype"])
-    for name, gamma in gammas.items():
-        if gamma.dtype != dtype:
-            raise ValueError(f"{name}: expected a tensor of {metadata['dtype']} (float32 or uint8), got {gamma.dtype}")
+    for name in names:
+        code = file.get_slice(name).get_dtype()  # not of the tensor: safetensors has dtypes that a torch has not
+        if code != _CODES.get(dtype):
+            raise ValueError(f"{name}: expected a tensor of {metadata['dtype']} (float32 or uint8), got {code}")
+    gammas = {name: file.get_tensor(name) for name in names}
     if metadata.pop("checksum") != _checksum(metadata, gammas):
         raise ValueError("damaged: the checksum does not match")
     tasks = int(metadata["tasks"])
@@ -117,8 +120,11 @@ def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A new file beside `path`, through a symbolic link as `open` goes, that takes its place once it is on the disk."""
     path = os.path.realpath(path)
     directory, name = os.path.split(path)
-    temporary = os.path.join(directory, f".{name}.{secrets.token_hex(4)}.tmp")
+    # A name may take 255 bytes, and a character 4 of them.
+    temporary = os.path.join(directory, f".{name[:50]}.{secrets.token_hex(4)}.tmp")
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise OSError(errno.EINVAL, "not a regular file, which a new one could replace")
         try:
             with open(temporary, "xb") as file:  # not tempfile's, which only its owner could read
                 yield file

@@ -307,9 +307,9 @@ class Importance(Mapping):
     def save(self, path: str | os.PathLike) -> None:
         """Write to `path` in safetensors, whole or not at all: a crash or a full disk leaves the file that was there before.
 
-        A process killed in here leaves a file `.<name>.<random>.tmp` beside it, which may be deleted. Of sharded gammas a
-        collective call: the first rank gathers and writes them, the others do not wait for it. torch.distributed.checkpoint
-        writes shards as they are, from the optimizer's state dict or `state_dict()`.
+        A process killed in here leaves a file `.<start of the name>.<random>.tmp` beside it, which may be deleted. Of sharded
+        gammas a collective call: the first rank gathers and writes them, the others do not wait for it.
+        torch.distributed.checkpoint writes shards as they are, from the optimizer's state dict or `state_dict()`.
 
         Raises:
             OSError: what the operating system refused, with `path`.
@@ -319,7 +319,7 @@ class Importance(Mapping):
         for name, gamma in self._gammas.items():
             gamma = distributed.whole(gamma)
             if writes:
-                gammas[name] = gamma
+                gammas[name] = gamma.cpu()  # one at a time: a device that holds shards need not have room for all of them
         if writes:
             files.write(path, gammas, self.tasks, self.dtype)
 

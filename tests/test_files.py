@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import spg_kernels
-from spg_kernels import Importance, SPGOptimizer, files
+from spg_kernels import Importance, SPGOptimizer, distributed, files
 
 from .models import Net
 
@@ -79,8 +80,8 @@ def test_every_flipped_bit_and_every_truncation_is_refused(tmp_path):
     ({"tasks": "-1"}, "tasks.*-1"),
     ({"tasks": "many"}, "many"),
     ({"tasks": "9" * 5000}, "digits"),
-    ({"dtype": "bfloat16"}, "weight.*bfloat16.*float32 or uint8.*got torch.float32"),
-    ({"dtype": "uint8"}, "weight.*uint8.*got torch.float32"),
+    ({"dtype": "bfloat16"}, "weight.*bfloat16.*float32 or uint8.*got F32"),
+    ({"dtype": "uint8"}, "weight.*uint8.*got F32"),
     ({"names": "[" * 100_000}, "a"),
     ({"names": '{"weight": 1}'}, "list of strings"),
     ({"names": '["weight", 3]'}, "list of strings"),
@@ -89,8 +90,8 @@ def test_every_flipped_bit_and_every_truncation_is_refused(tmp_path):
     ({"checksum": "00000000"}, "checksum"),
     ({"gammas": {"weight": torch.full((3, 4), 1.5), "bias": torch.rand(4)}}, r"weight.*\[0, 1\].*1.5"),
     ({"gammas": {"weight": torch.full((3, 4), float("nan")), "bias": torch.rand(4)}}, "weight.*finite"),
-    ({"gammas": {"weight": torch.rand(3, 4).half(), "bias": torch.rand(4)}}, "weight.*float16"),
-    ({"gammas": {"weight": torch.rand(3, 4), "bias": torch.ones(4, dtype=torch.int32)}}, "bias.*int32"),
+    ({"gammas": {"weight": torch.rand(3, 4).half(), "bias": torch.rand(4)}}, "weight.*F16"),
+    ({"gammas": {"weight": torch.rand(3, 4), "bias": torch.ones(4, dtype=torch.int32)}}, "bias.*I32"),
 ])
 def test_a_file_that_says_something_else_is_refused(tmp_path, change, message):
     write(tmp_path / "a", **change)
@@ -98,9 +99,9 @@ def test_a_file_that_says_something_else_is_refused(tmp_path, change, message):
         Importance.load(tmp_path / "a")
 
 
-@pytest.mark.parametrize("name", ["../weight", "a/../../weight", "/etc/weight", "~/weight", "..\\weight", "w\0"])
-def test_names_that_are_ways_out_of_a_directory_are_neither_loaded_nor_saved(tmp_path, name):
-    write(tmp_path / "a", {name: torch.rand(3)}, names=json.dumps([name]))
+@pytest.mark.parametrize("name", ["../weight", "a/../../weight", "/etc/weight", "~/weight", "..\\weight", "w\0", "w\ud800"])
+def test_names_that_are_no_text_or_ways_out_of_a_directory_are_neither_loaded_nor_saved(tmp_path, name):
+    write(tmp_path / "a", {"weight" if name == "w\ud800" else name: torch.rand(3)}, names=json.dumps([name]))
     with pytest.raises(ValueError, match="no name of a parameter"):
         Importance.load(tmp_path / "a")
     with pytest.raises(ValueError, match="no name of a parameter"):
@@ -113,6 +114,16 @@ def test_names_with_slashes_and_the_like_are_names(tmp_path):
     importance = Importance([(name, nn.Parameter(torch.zeros(2))) for name in names])
     importance.save(tmp_path / "a")
     assert list(Importance.load(tmp_path / "a")) == names
+
+
+def test_a_dtype_that_this_torch_has_not_is_refused(tmp_path, monkeypatch):
+    metadata = {**METADATA, "names": '["weight"]', "checksum": ""}
+    tensor = {"dtype": "F8_E8M0", "shape": [8], "data_offsets": [0, 8]}
+    header = json.dumps({"__metadata__": metadata, "weight": tensor}).encode()
+    (tmp_path / "a").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    monkeypatch.delattr(torch, "float8_e8m0fnu", raising=False)  # as torch 2.6
+    with pytest.raises(ValueError, match=f"{tmp_path}/a: weight: expected a tensor of float32.*got F8_E8M0"):
+        Importance.load(tmp_path / "a")
 
 
 @pytest.mark.parametrize("header", [
@@ -220,6 +231,40 @@ def test_a_symbolic_link_is_written_through(tmp_path):
         importance_of(k).save(tmp_path / "latest")
         assert (tmp_path / "latest").is_symlink() and same(Importance.load(tmp_path / "runs/a"), importance_of(k))
     assert os.listdir(tmp_path / "runs") == ["a"]
+
+
+def test_gathered_gammas_leave_the_device_one_at_a_time(tmp_path, monkeypatch):
+    class OnDevice(torch.Tensor):
+        def cpu(self):
+            return torch.from_numpy(self.numpy().copy())
+
+    importance, gathered = importance_of(1), []
+
+    def gather(gamma):
+        assert all(storage.expired() for storage in gathered), "an earlier one is still on the device"
+        tensor = gamma.clone().as_subclass(OnDevice)
+        gathered.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "whole", gather)
+        importance.save(tmp_path / "a")
+    assert len(gathered) == 4 and same(Importance.load(tmp_path / "a"), importance)
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "ä" * 127], ids=["255 characters", "127 of two bytes"])
+def test_a_name_may_be_as_long_as_the_file_system_has_it(tmp_path, name):
+    importance_of(1).save(tmp_path / name)
+    assert same(Importance.load(tmp_path / name), importance_of(1)) and os.listdir(tmp_path) == [name]
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which root could replace
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match=f"not a regular file.*'{tmp_path}/pipe'$"):
+            importance_of(1).save(tmp_path / name)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and sorted(os.listdir(tmp_path)) == ["link", "pipe"]
 
 
 def test_paths_are_strings_or_path_like_and_need_no_directory(tmp_path, monkeypatch):
