@@ -33,6 +33,13 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
+def device_of(parameter: Tensor) -> torch.device:
+    """Where `parameter` is computed with: with CPUOffloadPolicy shards lie on the CPU, and are gathered on their mesh's device."""
+    if is_dtensor(parameter) and parameter.device.type != parameter.device_mesh.device_type:
+        return torch.device(parameter.device_mesh.device_type)
+    return parameter.device
+
+
 def local_lists(lists: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
     """A masked step's lists (params, grads, gammas, ...), for kernels: what this rank holds of every tensor."""
     params, grads, *others = lists

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import distributed
 from .state import same_objects
 
 Fold = Callable[[Iterable[tuple[Tensor, Tensor]]], None]
@@ -102,6 +103,9 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
         clear: clears every `.grad`.
         fold: takes (parameter, gradient) pairs of one loss.
         finished: told the number of losses that are folded in, after each.
+
+    Raises:
+        ValueError: there is no loss, no batch, or no gradient from any loss. TypeError: no list of such losses.
     """
     if not isinstance(losses, Iterable):
         raise TypeError(f"losses: expected a list of functions, as cross_head_losses gives, got {type(losses).__name__}")
@@ -115,6 +119,7 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
     together = _losses_together(losses, parameters)
     sweeps = [range(start, min(start + together, len(losses))) for start in range(first, len(losses), together)]
     sums_of = _shared_sums if together > 1 else _plain_sums
+    reached = first > 0
     try:
         with torch.enable_grad(), tqdm(total=_batches(loader, len(sweeps)), desc="importance", unit="batch",
                                        disable=not progress, leave=False) as bar:
@@ -122,8 +127,14 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
                 which = f"losses {sweep[0] + 1} to {sweep[-1] + 1}" if together > 1 else f"loss {sweep[0] + 1}"
                 bar.set_postfix_str(f"{which} of {len(losses)}")
                 clear()
-                _fold(sweep, sums_of(_counted(loader, bar), losses, sweep, parameters), parameters, fold, finished)
+                sums = sums_of(_counted(loader, bar), losses, sweep, parameters)
+                reached = _fold(sweep, sums, parameters, fold, finished, reached)
+                del sums  # before the next ones are made
         clear()
+        if parameters and not reached:
+            raise ValueError("losses: expected a gradient for some trunk parameter, got none from any of them. They must run a "
+                             "model that has these parameters, and leave gradients in `.grad`, as FSDP2 does where "
+                             "set_requires_gradient_sync is True")
     except BaseException:
         clear()  # again, if it was interrupted
         raise
@@ -139,10 +150,16 @@ def _losses_together(losses: Sequence[Callable], parameters: Sequence[Tensor]) -
     return max(1, min(sums_that_fit - 1, len(losses)))
 
 
-def _fold(sweep: range, sums: list[list], parameters: Sequence[Tensor], fold: Fold, finished: Callable[[int], None]) -> None:
+def _fold(sweep: range, sums: list[list], parameters: Sequence[Tensor], fold: Fold, finished: Callable[[int], None],
+          reached: bool) -> bool:
+    """Whether any loss so far, `reached` says of earlier ones, gave a gradient."""
     for loss, gradients in zip(sweep, sums):
-        fold([(p, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None])
-        finished(loss + 1)
+        pairs = [(p, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None]
+        fold(pairs)
+        reached = reached or bool(pairs)
+        if reached:  # or the next call, which goes on after what was finished, would take the pass for a measured one
+            finished(loss + 1)
+    return reached
 
 
 def _plain_sums(batches: Iterable, losses: Sequence[Callable], sweep: range, parameters: Sequence[Tensor]) -> list[list]:
@@ -183,7 +200,8 @@ def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None], paramete
     for i in reached:
         if sums[i] is None:  # as .backward() does: the parameter's memory layout, which kernels walk through
             sums[i] = torch.zeros_like(parameters[i], dtype=_sum_dtype(parameters[i]), requires_grad=False)
-    torch._foreach_add_([sums[i] for i in reached], [gradients[i] for i in reached])
+    if reached:  # torch refuses empty lists
+        torch._foreach_add_([sums[i] for i in reached], [gradients[i] for i in reached])
 
 
 def _sum_dtype(parameter: Tensor) -> torch.dtype:
@@ -217,7 +235,8 @@ def _moved(batch: Sequence[Tensor], module: nn.Module) -> list[Tensor]:
     for i, part in enumerate(pair):
         if not hasattr(part, "to"):
             raise TypeError(f"batch[{i}]: expected a tensor, got {type(part).__name__}")
-    return [tensor.to(parameter.device, non_blocking=True) for tensor in pair]
+    device = distributed.device_of(parameter)
+    return [tensor.to(device, non_blocking=True) for tensor in pair]
 
 
 def _check_task(task: int) -> None:

@@ -254,7 +254,8 @@ class SPGOptimizer(Optimizer):
             progress: show a progress bar.
 
         Raises:
-            ValueError: no losses, no batches, or an iterator that only the first loss could use. TypeError: no list of such losses.
+            ValueError: no losses, no batches, no gradient from any loss, or an iterator that only the first loss could use.
+            TypeError: no list of such losses.
             NonFiniteGradientError: see `accumulate_importance`. What earlier losses folded in stays, which is harmless:
                 folding it in again changes nothing.
         """

@@ -298,6 +298,30 @@ def non_finite_gradients_raise_the_same_everywhere(directory):
     assert error.value.names == ["trunk.0.weight", "trunk.0.bias", "trunk.2.weight", "trunk.2.bias"]
 
 
+def a_pass_whose_gradients_nobody_reduced_is_refused(directory):
+    net = fully_shard(small_net())
+    optimizer = wrap(net)
+    net.set_requires_gradient_sync(False)
+    with pytest.raises(ValueError, match="got none from any.*set_requires_gradient_sync"):
+        optimizer.measure_importance(tasks(1)[0], cross_head_losses(net, 0, F.cross_entropy), progress=False)
+    assert optimizer.importance.tasks == 0
+
+
+def batches_are_moved_to_the_device_of_the_mesh(directory):
+    class Seen(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, head):
+            assert x.device.type == "cpu"
+            return x
+
+    net = fully_shard(small_net()).to("meta")  # as under CPUOffloadPolicy shards lie elsewhere than they are computed with
+    (loss,) = cross_head_losses(Seen(net), 0, F.cross_entropy)
+    assert loss(tasks(1)[0][0]).device.type == "cpu"
+
+
 def importance_follows_parameters_into_shards(directory):
     net = small_net()
     before = wrap(net, "SGD")
@@ -363,7 +387,8 @@ ONE_TENSOR = (shards_equal_the_oracle, wide_float64_gradients_keep_their_digits,
 TRAINING = (fully_sharded_training_equals_one_process, importance_of_the_same_gradients_equals_one_process,
             scaled_steps_on_shards_skip_together, tensor_parallel_training_equals_one_process,
             data_parallel_training_equals_one_process, a_zero_redundancy_checkpoint_has_the_importance)
-CHANGES = (non_finite_gradients_raise_the_same_everywhere, importance_follows_parameters_into_shards,
+CHANGES = (non_finite_gradients_raise_the_same_everywhere, a_pass_whose_gradients_nobody_reduced_is_refused,
+           batches_are_moved_to_the_device_of_the_mesh, importance_follows_parameters_into_shards,
            a_model_born_on_meta_is_sharded_then_filled, flattened_parameters_are_refused,
            an_optimizer_that_steps_in_backward_is_refused)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from spg_kernels import NonFiniteGradientError, SharedTrunkLosses, SPGOptimizer, cross_head_losses
 
-from .models import tasks
+from .models import Net, tasks
 from .wrapping import wrap
 
 
@@ -65,6 +65,23 @@ def test_an_old_head_is_probed_by_one_tensor(net, form):
     net.heads[0] = Dictionary(16, 3)
     with pytest.raises(TypeError, match="(model.x, 0.|heads.0..features.): expected one tensor of outputs.*, got dict"):
         wrap(net).measure_importance(tasks()[0], form(net, 1, F.cross_entropy), progress=False)
+
+
+@FORMS
+def test_a_pass_that_gives_no_gradient_at_all_is_none(net, form):
+    optimizer, losses = wrap(net), form(Net(), 1, F.cross_entropy)
+    for _ in range(2):  # nor is it one that was interrupted at its end
+        with pytest.raises(ValueError, match="losses: expected a gradient for some trunk parameter, got none"):
+            optimizer.measure_importance(tasks()[0], losses, progress=False)
+    assert optimizer.importance.tasks == 0 and not optimizer.importance.active
+
+
+def test_one_loss_that_gives_a_gradient_is_enough(net):
+    other, own = (cross_head_losses(model, 0, F.cross_entropy)[0] for model in (Net(), net))
+    for losses in ([other, own], [own, other]):
+        optimizer = wrap(net)
+        optimizer.measure_importance(tasks()[0], losses, progress=False)
+        assert optimizer.importance.tasks == 1 and optimizer.importance.active
 
 
 @pytest.mark.parametrize("error", [TypeError, NotImplementedError])
