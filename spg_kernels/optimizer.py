@@ -264,10 +264,15 @@ class SPGOptimizer(Optimizer):
         tensors = [*self._parameters(), *(self.importance.gamma(p) for p in trunk)]
         arguments = (loader, losses)
         first = self._interrupted.finished(arguments, tensors)
-        measure(loader, losses, trunk, first, self.zero_grad, partial(self.importance.fold, backend=self.backend),
+        measure(loader, losses, trunk, first, self._clear_gradients, partial(self.importance.fold, backend=self.backend),
                 lambda finished: self._interrupted.note(finished, arguments, tensors), progress)
         self._interrupted = Interrupted()
         self.importance.tasks += 1
+
+    def _clear_gradients(self) -> None:
+        self.zero_grad()
+        for parameter in (*_parameters_of(self._heads), *self._named.values()):  # losses reach what others train, too
+            parameter.grad = None
 
     # Checkpoints
 

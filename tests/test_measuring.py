@@ -375,3 +375,15 @@ def test_measuring_equals_the_loop_in_the_users_own_hands(net, capsys):
     for name in by_hand.importance:
         assert torch.equal(by_hand.importance[name], measured.importance[name])
         assert by_hand.importance[name].max() > 0.5
+
+
+@pytest.mark.parametrize("form", [lambda net: cross_head_losses(net, 1, F.cross_entropy), lambda net: shared(net, 1)],
+                         ids=["plain", "shared"])
+def test_no_gradient_is_left_to_another_optimizer(net, form):
+    """Of heads that another one trains, or parameters that none does yet: its next step would take the whole pass."""
+    set_gradients(net.parameters())
+    optimizer = SPGOptimizer(torch.optim.SGD(net.trunk[2].parameters(), lr=0.1), heads=net.heads,
+                             named_parameters=net.named_parameters())
+    optimizer.measure_importance(tasks()[1], form(net), progress=False)
+    assert all(p.grad is None for p in net.parameters())
+    assert list(optimizer.importance) == ["trunk.2.weight", "trunk.2.bias"]
