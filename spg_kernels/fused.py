@@ -100,14 +100,17 @@ class FusedStep:
     @torch.no_grad()
     def _find(self, inner: Optimizer, grads: list[list[Tensor | None]], importance: Importance, gamma_of: Callable) -> None:
         self._found, found = [], []  # an error below leaves nothing half found
-        for group, own in zip(inner.param_groups, grads):
-            init_group(inner, group)
-            params, names = [p for p, grad in zip(group["params"], own) if grad is not None], _names(inner, group)
-            states = [inner.state[p] for p in params] if any(names) else []
-            found.append(_Found(list(group["params"]), [grad is not None for grad in own], names, params, states,
-                                [gamma_of(p) for p in params]))
-        params = [p for own in found for p in own.params]
+        moving = [[p for p, grad in zip(group["params"], own) if grad is not None]
+                  for group, own in zip(inner.param_groups, grads)]
+        params = [p for own in moving for p in own]
+        # Whatever refuses must do so before torch sets up a state.
+        gammas = [[gamma_of(p) for p in own] for own in moving]
         check_disjoint({"params": [distributed.local(p) for p in params]}, {})
+        for group, own, stepped, masked in zip(inner.param_groups, grads, moving, gammas):
+            init_group(inner, group)
+            names = _names(inner, group)
+            states = [inner.state[p] for p in stepped] if any(names) else []
+            found.append(_Found(list(group["params"]), [grad is not None for grad in own], names, stepped, states, masked))
         self._is_sharded = any(map(distributed.is_dtensor, params))
         self._found, self._layout = found, importance.layout
         self._seen = [inner, inner.state, importance, *inner.state.values()]

@@ -216,7 +216,7 @@ def test_parameters_that_share_memory_are_refused_before_anything_changed(inner)
     with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] share memory"):
         optimizer.step()
     assert torch.equal(first, torch.ones(4))
-    assert all(not state.get("step") for state in optimizer.inner.state.values())
+    assert not optimizer.inner.state
 
 
 @pytest.mark.dropin(line=19)
@@ -272,14 +272,16 @@ def test_a_group_added_later_has_the_names_that_were_given(net, copier):
 
 
 @pytest.mark.dropin(line=7)
-def test_replaced_parameters_are_an_error_until_bound(net):
-    optimizer = wrap(net, "SGD", 1.0)
+@pytest.mark.parametrize("inner", ["SGD", "AdamW", "RMSprop"])
+def test_replaced_parameters_are_an_error_until_bound(net, inner):
+    optimizer = wrap(net, inner, 1.0)
     for layer in (net.trunk[0], net.trunk[2]):
         layer.weight = nn.Parameter(layer.weight.detach().clone())
     optimizer.param_groups[0]["params"] = list(net.parameters())
     set_gradients(net.parameters())
     with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[0\] of shape \(16, 10\).*bind"):
         optimizer.step()
+    assert not optimizer.inner.state
     optimizer.importance.bind(net.named_parameters())
     before = values(net)
     optimizer.step()
