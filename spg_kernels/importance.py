@@ -46,6 +46,21 @@ class Capacity:
         return text.get()
 
 
+def as_named(named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """(name, parameter) pairs, of a mapping its items. TypeError for anything else, such as `model.parameters()`."""
+    pairs = named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters
+    expected = "(name, parameter), as model.named_parameters() gives them"
+    if not isinstance(pairs, Iterable):
+        raise TypeError(f"named_parameters: expected pairs {expected}, got {type(pairs).__name__}")
+    pairs = list(pairs)
+    for i, pair in enumerate(pairs):
+        is_sequence = isinstance(pair, tuple | list)  # a tensor of two rows is none
+        if not (is_sequence and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
+            seen = f"({', '.join(type(part).__name__ for part in pair)})" if is_sequence else type(pair).__name__
+            raise TypeError(f"named_parameters[{i}]: expected {expected}, got {seen}")
+    return pairs
+
+
 class Importance(Mapping):
     """gamma, the importance of every trunk parameter to the tasks so far, by parameter name.
 
@@ -74,7 +89,7 @@ class Importance(Mapping):
         self._names: dict[int, str] = {}
         self._means: dict[torch.device, Tensor] = {}
         self._means_are_stale = False
-        for name, parameter in named_parameters:
+        for name, parameter in as_named(named_parameters):
             self.add(name, parameter)
 
     # Names and parameters
@@ -105,9 +120,9 @@ class Importance(Mapping):
         Other names are left alone: heads, for one, hold no gamma.
 
         Raises:
-            ValueError: a shape differs, or a parameter is no longer sharded; nothing has changed.
+            ValueError: a shape differs, or a parameter is no longer sharded; TypeError: no such pairs. Nothing has changed.
         """
-        self._add_all([(name, parameter) for name, parameter in named_parameters if name in self._gammas])
+        self._add_all([(name, parameter) for name, parameter in as_named(named_parameters) if name in self._gammas])
 
     def attach(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
         """`add` all of a model's parameters, which must be among them the ones of a loaded importance.
@@ -175,7 +190,11 @@ class Importance(Mapping):
 
     def __setitem__(self, key: str | Tensor, value: Tensor) -> None:
         name = self._key(key)
-        self.store({name: torch.as_tensor(value)})
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}") from error
+        self.store({name: value})
 
     def __contains__(self, key: object) -> bool:
         return (self.name_of(key) if isinstance(key, Tensor) else key) in self._gammas

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from . import fused, generic, ops
 from .files import check_tasks
-from .importance import Importance
+from .importance import Importance, as_named
 from .measuring import Interrupted, measure
 from .state import KEY, SCALER, TASKS, State, initialize, recover_codes, without_importance
 
@@ -65,7 +65,7 @@ class SPGOptimizer(Optimizer):
         self._head_parameters: dict[int, Tensor] = {}
         self._set_up()
         self._find_heads()
-        self._named = {} if named_parameters is None else _as_named(named_parameters)
+        self._named = {} if named_parameters is None else dict(as_named(named_parameters))
         self._name_trunk(all_are_named=named_parameters is not None)
         own = {id(p) for p in self._parameters()}
         self._named = {name: p for name, p in self._named.items() if id(p) not in own}  # for groups that are added later
@@ -388,15 +388,6 @@ def _parameters_of(heads: list[nn.Module | Tensor]) -> list[Tensor]:
         if not isinstance(head, nn.Module | Tensor):
             raise TypeError(f"heads[{i}]: expected a module or a parameter, got {type(head).__name__}")
     return [p for head in heads for p in (head.parameters() if isinstance(head, nn.Module) else (head,))]
-
-
-def _as_named(named_parameters) -> dict[str, Tensor]:
-    pairs = list(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
-    for i, pair in enumerate(pairs):
-        if not (isinstance(pair, tuple) and isinstance(pair[0], str)):
-            raise TypeError(f"named_parameters[{i}]: expected (name, parameter), as model.named_parameters() gives them, got "
-                            f"{type(pair).__name__}")
-    return dict(pairs)
 
 
 def _warn_if_undone(inner: Optimizer) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from spg_kernels import Importance
+from spg_kernels import Importance, SPGOptimizer
 
 from .models import Net, set_gradients
 
@@ -39,6 +39,8 @@ def test_a_mapping_by_name_and_by_parameter(net):
     (torch.full((16, 10), -0.1), ValueError, r"0.weight.*\[0, 1\]"),
     (torch.full((16, 10), float("nan")), ValueError, r"0.weight.*finite"),
     (torch.ones(16, 10, dtype=torch.int64), TypeError, "0.weight.*int64"),
+    (None, TypeError, "0.weight: expected a tensor, got NoneType"),
+    ("high", TypeError, "0.weight: expected a tensor, got str"),
 ])
 def test_setting_checks_shape_range_and_finiteness(net, value, kind, message):
     importance = measured(net)
@@ -132,6 +134,27 @@ def test_names_and_shapes_of_parameters_are_checked(net):
         importance.add("int", torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="dtype"):
         Importance(dtype=torch.float16)
+
+
+@pytest.mark.parametrize("pairs, seen", [
+    (lambda net: net.trunk.parameters(), r"\[0\]: .*, got Parameter"),
+    (lambda net: [torch.zeros(2, 3)], r"\[0\]: .*, got Tensor"),  # two rows are no name and no parameter
+    (lambda net: net.trunk.named_modules(), r"\[0\]: .*, got \(str, Sequential\)"),
+    (lambda net: [*net.trunk.named_parameters(), ("a", 1, 2)], r"\[4\]: .*, got \(str, int, int\)"),
+    (lambda net: net, ": .*, got Net"),
+], ids=["parameters", "two rows", "modules", "three", "model"])
+@pytest.mark.parametrize("take", [Importance, lambda pairs: Importance().bind(pairs),
+                                  lambda pairs: SPGOptimizer(torch.optim.SGD([torch.zeros(1)], lr=0.1), named_parameters=pairs)],
+                         ids=["importance", "bind", "optimizer"])
+def test_what_is_no_list_of_named_parameters_is_refused(net, pairs, seen, take):
+    with pytest.raises(TypeError, match=rf"named_parameters{seen}"):
+        take(pairs(net))
+
+
+def test_named_parameters_may_be_a_dictionary(net):
+    importance = Importance(dict(net.trunk.named_parameters()))
+    importance.bind(dict(net.trunk.named_parameters()))
+    assert list(importance) == [name for name, _ in net.trunk.named_parameters()]
 
 
 @pytest.mark.parametrize("dtype, size", [(torch.float32, "25.1 GiB"), (torch.uint8, "6.3 GiB")], ids=str)
