@@ -113,6 +113,8 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
         losses = list(losses)
     if not losses:
         raise ValueError("losses: expected at least one, got none")
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise TypeError(f"loader: expected something to run over, such as a DataLoader, got {type(loader).__name__}")
     if isinstance(loader, Iterator):
         raise ValueError("loader: expected something to run over once a loss, such as a DataLoader; "
                          "an iterator is empty after the first")

@@ -77,9 +77,12 @@ def require_backend(backend: str) -> None:
 def resolve(backend: str, device_type: str) -> ModuleType:
     """The module that serves `backend` for tensors on `device_type`."""
     if backend == "auto":
+        missing = "no backend has kernels there"
         for name in _MODULES:
-            if device_type in backend_module(name).DEVICE_TYPES and why_unavailable(name) is None:
-                return backend_module(name)
+            if device_type in backend_module(name).DEVICE_TYPES:
+                if (missing := why_unavailable(name)) is None:
+                    return backend_module(name)
+        log.debug("tensors on %s take the reference: %s", device_type, missing)
         return reference
     require_backend(backend)
     return backend_module(backend)

@@ -100,6 +100,8 @@ def test_a_measuring_pass_that_cannot_work_says_why(net):
     batches, losses = tasks()[0], cross_head_losses(net, 1, F.cross_entropy)
     with pytest.raises(ValueError, match="iterator"):
         optimizer.measure_importance(iter(batches), losses)
+    with pytest.raises(TypeError, match="loader: expected something to run over.*, got NoneType"):
+        optimizer.measure_importance(None, losses)
     with pytest.raises(ValueError, match="at least one batch"):
         optimizer.measure_importance([], losses, progress=False)
     with pytest.raises(ValueError, match="losses"):

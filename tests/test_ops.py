@@ -319,6 +319,14 @@ def test_auto_takes_the_reference_for_what_native_refuses(caplog):
         assert (gamma.double() - oracle.importance(grad)).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("device, reason", [("cpu", "no library"), ("mps", "no backend has kernels there")])
+def test_auto_says_why_there_are_no_kernels(device, reason, caplog, monkeypatch):
+    monkeypatch.setattr(ops, "why_unavailable", lambda name: "no library")
+    with caplog.at_level("DEBUG", "spg_kernels"):
+        assert ops.resolve.__wrapped__("auto", device) is reference
+    assert f"tensors on {device} take the reference: {reason}" in caplog.text
+
+
 def test_native_walks_any_dense_layout_that_all_tensors_share():
     grad = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     gamma = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
@@ -373,6 +381,22 @@ def test_kernels_tell_autograd_what_they_wrote(backend):
     spg_kernels.soft_mask_([y], [torch.rand(5)], backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_module_calls_the_operators(backend, strict):
+    class Masked(torch.nn.Module):
+        def forward(self, grad, gamma):
+            grad = grad.clone()
+            spg_kernels.soft_mask_([grad], [gamma], backend=backend)
+            return grad, spg_kernels.importance(grad, backend=backend)
+
+    inputs = torch.randn(5), torch.rand(5)
+    exported = torch.export.export(Masked(), inputs, strict=strict)
+    operators = {str(node.target) for node in exported.graph.nodes if "spg_kernels" in str(node.target)}
+    assert operators == {"spg_kernels.soft_mask_.default", "spg_kernels.importance.default"}
+    for actual, expected in zip(exported.module()(*inputs), Masked()(*inputs), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_a_compiled_function_calls_the_operators_without_a_graph_break(backend):
