@@ -69,8 +69,7 @@ class SPGOptimizer(Optimizer):
         self._name_trunk(all_are_named=named_parameters is not None)
         own = {id(p) for p in self._parameters()}
         self._named = {name: p for name, p in self._named.items() if id(p) not in own}  # for groups that are added later
-        if mask == "gradient":
-            _warn_if_undone(optimizer)
+        self._warn_if_undone(before=None)
 
     def _set_up(self) -> None:
         # Optimizer.__init__ would take over the parameter groups; its __setstate__ makes what else the base class needs.
@@ -173,12 +172,20 @@ class SPGOptimizer(Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """Add a group to the inner optimizer; parameters of `heads` are heads, all others trunk with gamma = 0."""
         self._find_heads()
+        before = _why_undone(self.inner)
         self.inner.add_param_group(param_group)
         try:
             self._name_trunk(all_are_named=False)
         except BaseException:
             del self.inner.param_groups[-1]
             raise
+        self._warn_if_undone(before)
+
+    def _warn_if_undone(self, before: str | None) -> None:
+        """Warn where the gradient mask is undone, unless it was `before`."""
+        if self.mask == "gradient" and not before and (reason := _why_undone(self.inner)):
+            warnings.warn(f"mask='gradient' around {type(self.inner).__name__}, which {reason}: important parameters will move "
+                          "all the same; mask='update' protects them", stacklevel=3)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.inner.param_groups for p in group["params"]]
@@ -390,10 +397,8 @@ def _parameters_of(heads: list[nn.Module | Tensor]) -> list[Tensor]:
     return [p for head in heads for p in (head.parameters() if isinstance(head, nn.Module) else (head,))]
 
 
-def _warn_if_undone(inner: Optimizer) -> None:
-    adaptive = not isinstance(inner, torch.optim.SGD)
-    decays = any(group.get("weight_decay") for group in inner.param_groups)
-    if adaptive or decays:
-        reason = "adapts its step to the scale of the gradient" if adaptive else "decays weights"
-        warnings.warn(f"mask='gradient' around {type(inner).__name__}, which {reason}: important parameters will move all the "
-                      "same; mask='update' protects them", stacklevel=3)
+def _why_undone(inner: Optimizer) -> str | None:
+    """Why masking gradients protects nothing under `inner`; None if it does."""
+    if not isinstance(inner, torch.optim.SGD):
+        return "adapts its step to the scale of the gradient"
+    return "decays weights" if any(group.get("weight_decay") for group in inner.param_groups) else None

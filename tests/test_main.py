@@ -7,10 +7,14 @@ import sys
 import spg_kernels
 
 
-def run(**environment: str) -> str:
+def started(**environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "spg_kernels"]
     environment = {**os.environ, "COLUMNS": "200", **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+
+def run(**environment: str) -> str:
+    return started(**environment).stdout
 
 
 def row(output: str, backend: str) -> str:
@@ -27,4 +31,10 @@ def test_every_backend_is_named_with_whether_it_runs_and_why_not():
 
 
 def test_the_instruction_set_can_be_capped():
-    assert "baseline" in row(run(SPG_CPU_CAPABILITY="baseline"), "native")
+    capped = started(SPG_CPU_CAPABILITY="baseline")
+    assert "baseline" in row(capped.stdout, "native") and not capped.stderr
+
+
+def test_a_cap_that_does_not_exist_is_warned_of():
+    """torch's own name for its baseline is "default"."""
+    assert "SPG_CPU_CAPABILITY: expected one of avx512, avx2, baseline, got 'default'" in started(SPG_CPU_CAPABILITY="default").stderr

@@ -159,8 +159,14 @@ def test_the_gradient_mask_warns_where_the_inner_optimizer_undoes_it(net):
         build(torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+        plain = build(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+        plain.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
         SPGOptimizer(torch.optim.AdamW(net.parameters()), heads=net.heads)
+    for added in (1, 0):  # once
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plain.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "weight_decay": 0.1})
+        assert len(caught) == added and all("decays weights" in str(w.message) and w.filename == __file__ for w in caught)
 
 
 @pytest.mark.dropin(line=16)

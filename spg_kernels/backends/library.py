@@ -2,10 +2,13 @@
 
 import ctypes
 import functools
+import os
+import warnings
 from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 ABI_VERSION = 3
+CAPS = ("avx512", "avx2", "baseline")  # what csrc/ knows of SPG_CPU_CAPABILITY; any other value caps nothing
 LIBRARY = Path(__file__).with_name("libspg_kernels.so")
 # What functions return, and what they take.
 _SIGNATURES = {
@@ -33,4 +36,7 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{LIBRARY.name} is of another version; reinstall the package"
     for name, (restype, argtypes) in _SIGNATURES.items():
         getattr(library, name).restype, getattr(library, name).argtypes = restype, argtypes
+    cap = os.environ.get("SPG_CPU_CAPABILITY")
+    if cap and cap not in CAPS:
+        warnings.warn(f"SPG_CPU_CAPABILITY: expected one of {', '.join(CAPS)}, got {cap!r}: the instruction set is not capped")
     return library, None
