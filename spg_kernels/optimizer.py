@@ -62,7 +62,6 @@ class SPGOptimizer(Optimizer):
         self.mask = mask
         self.backend = backend
         self._heads = _as_list(heads)
-        self._head_parameters: dict[int, Tensor] = {}
         self._set_up()
         self._find_heads()
         self._named = {} if named_parameters is None else dict(as_named(named_parameters))
@@ -77,6 +76,7 @@ class SPGOptimizer(Optimizer):
         # Step hooks of the inner optimizer are this one's: they fire once, around the masked step.
         self._optimizer_step_pre_hooks = self.inner._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = self.inner._optimizer_step_post_hooks
+        self._head_parameters: dict[int, Tensor] = {}
         self._fused_step = fused.FusedStep()
         self._interrupted = Interrupted()
 
@@ -123,7 +123,8 @@ class SPGOptimizer(Optimizer):
         if trunk:
             raise ValueError(f"heads: {', '.join(trunk)} have an importance, as trunk parameters do; leave heads out of it, "
                              "and append a head to `heads` before its parameters come with add_param_group")
-        self._head_parameters = {id(p): p for p in parameters}
+        # What was a head stays one: while FSDP2 keeps parameters gathered after a forward pass, modules have others than their own.
+        self._head_parameters |= {id(p): p for p in parameters}
 
     def _name_trunk(self, all_are_named: bool) -> None:
         """Make every parameter of the groups that is no head known to the importance."""

@@ -307,6 +307,20 @@ def a_pass_whose_gradients_nobody_reduced_is_refused(directory):
     assert optimizer.importance.tasks == 0
 
 
+def heads_stay_heads_while_a_test_has_gathered_them(directory):
+    """Of a forward without a backward FSDP2 leaves modules with other parameters than the optimizer has."""
+    alone, net, batches = small_net(), fully_shard(small_net()), tasks(1)[0]
+    expected, optimizer = wrap(alone), wrap(net)
+    for model, opt in ((alone, expected), (net, optimizer)):
+        model(batches[0][0], 1)
+        opt.measure_importance(batches, cross_head_losses(model, 1, F.cross_entropy), progress=False)
+        model(batches[0][0], 1)
+        model.heads.append(nn.Linear(5, 3))
+        opt.add_param_group({"params": model.heads[3].parameters()})
+    assert list(optimizer.importance) == list(expected.importance)
+    assert difference(optimizer.importance.values(), expected.importance.values()) <= CLOSE
+
+
 def batches_are_moved_to_the_device_of_the_mesh(directory):
     class Seen(nn.Module):
         def __init__(self, net):
@@ -388,9 +402,9 @@ TRAINING = (fully_sharded_training_equals_one_process, importance_of_the_same_gr
             scaled_steps_on_shards_skip_together, tensor_parallel_training_equals_one_process,
             data_parallel_training_equals_one_process, a_zero_redundancy_checkpoint_has_the_importance)
 CHANGES = (non_finite_gradients_raise_the_same_everywhere, a_pass_whose_gradients_nobody_reduced_is_refused,
-           batches_are_moved_to_the_device_of_the_mesh, importance_follows_parameters_into_shards,
-           a_model_born_on_meta_is_sharded_then_filled, flattened_parameters_are_refused,
-           an_optimizer_that_steps_in_backward_is_refused)
+           heads_stay_heads_while_a_test_has_gathered_them, batches_are_moved_to_the_device_of_the_mesh,
+           importance_follows_parameters_into_shards, a_model_born_on_meta_is_sharded_then_filled,
+           flattened_parameters_are_refused, an_optimizer_that_steps_in_backward_is_refused)
 
 
 def test_two_three_and_four_ranks_equal_one_process(tmp_path):
