@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     # Whatever can be wrong is found before hours of training.
     options.out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=options.out).close()
     images = load(settings.data, options.root, settings.train_per_class)
     split(images, settings.tasks, seed=0)
     seeds = list(range(options.seeds))

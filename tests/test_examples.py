@@ -182,3 +182,9 @@ def test_bad_input_is_one_line(tmp_path, arguments, message):
     result = command(*arguments, "--out", tmp_path)
     assert result.returncode != 0 and message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_directory_that_takes_no_files_is_one_line_before_training():
+    result = command("--out", "/proc")
+    assert result.returncode != 0 and "/proc" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
