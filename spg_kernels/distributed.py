@@ -34,7 +34,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def device_of(parameter: Tensor) -> torch.device:
-    """Where `parameter` is computed with: with CPUOffloadPolicy shards lie on the CPU, and are gathered on their mesh's device."""
+    """Where `parameter` is computed with: under CPUOffloadPolicy shards lie on the CPU, to be gathered on the mesh's device."""
     if is_dtensor(parameter) and parameter.device.type != parameter.device_mesh.device_type:
         return torch.device(parameter.device_mesh.device_type)
     return parameter.device

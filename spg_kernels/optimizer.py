@@ -123,7 +123,7 @@ class SPGOptimizer(Optimizer):
         if trunk:
             raise ValueError(f"heads: {', '.join(trunk)} have an importance, as trunk parameters do; leave heads out of it, "
                              "and append a head to `heads` before its parameters come with add_param_group")
-        # What was a head stays one: while FSDP2 keeps parameters gathered after a forward pass, modules have others than their own.
+        # What was a head stays one: while FSDP2 keeps parameters gathered after a forward pass, modules show others.
         self._head_parameters |= {id(p): p for p in parameters}
 
     def _name_trunk(self, all_are_named: bool) -> None:
