@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -51,12 +52,18 @@ def run_all(images: Images, settings: Settings, seeds: list[int], workers: int) 
 
 def _start_worker(images: Images, settings: Settings, epochs) -> None:
     global _images, _settings, _epochs
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends the worker without a traceback of its own
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a terminated worker would leave behind
     # Runs side by side use the cores better than threads do, and one thread sums in the same order on every machine.
     torch.set_num_threads(1)
     _images = Images(*(getattr(images, field.name).to(settings.device) for field in fields(images)))
     _settings, _epochs = settings, epochs
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # of a parent that was killed, the pool would go on training
+    os._exit(1)
 
 
 def _run(method: Method, seed: int) -> Run:

@@ -7,6 +7,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +189,28 @@ def test_a_directory_that_takes_no_files_is_one_line_before_training():
     result = command("--out", "/proc")
     assert result.returncode != 0 and "/proc" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for the children of a process")
+def test_workers_end_with_a_command_that_is_killed(tmp_path):
+    command = [sys.executable, EXAMPLES / "split_images.py", "--workers", "2", "--out", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    parent = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while len(workers := [pid for pid in children.read_text().split() if is_training(pid)]) < 2:
+        assert parent.poll() is None
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 20
+    while any(map(is_training, workers)):
+        assert time.monotonic() < until, "workers go on without it"
+        time.sleep(0.1)
+
+
+def is_training(pid: str) -> bool:
+    """Whether it is a worker and got as far as other threads."""
+    try:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() and len(os.listdir(f"/proc/{pid}/task")) > 1
+    except FileNotFoundError:
+        return False
