@@ -103,7 +103,7 @@ def test_a_record_replaces_its_own_cases_only(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("ours", "torchs", "unequal"), [
     ("avx2", "AVX2", False), ("avx2", "AVX512", True), ("baseline", "AVX2", True), ("baseline", "DEFAULT", False),
-    ("baseline", "SVE256", False)])
+    ("baseline", "SVE256", False), ("avx512vbmi", "AVX512", False), ("avx512vbmi", "AVX2", True)])
 def test_instruction_sets_that_do_not_compare(ours, torchs, unequal, monkeypatch):
     monkeypatch.setattr(machine, "_isa", lambda: ours)
     monkeypatch.setattr(machine.native, "unavailable", lambda: None)

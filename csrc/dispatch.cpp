@@ -7,6 +7,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
+
+#include "code_table.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -20,14 +23,17 @@ namespace spg {
 // Where the baseline has no fused multiply-add, __builtin_fmaf would be a call into libm.
 #define SPG_FMA(a, b, c) ((a) * (b) + (c))
 #define SPG_FMA64(a, b, c) ((a) * (b) + (c))
+#define SPG_VECTOR_BYTES 16
 namespace baseline {
 #include "convert.h"
+#include "decode.h"
 #include "importance_kernels.h"
 #include "step_kernels.h"
 SPG_TABLE("baseline");
 }  // namespace baseline
 #undef SPG_FMA
 #undef SPG_FMA64
+#undef SPG_VECTOR_BYTES
 
 #if defined(__x86_64__)
 #define SPG_FMA(a, b, c) __builtin_fmaf(a, b, c)
@@ -39,29 +45,46 @@ SPG_TABLE("baseline");
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
+#define SPG_VECTOR_BYTES 32
 namespace avx2 {
 #include "convert.h"
+#include "decode.h"
 #include "importance_kernels.h"
 #include "step_kernels.h"
 SPG_TABLE("avx2");
 }  // namespace avx2
+#undef SPG_VECTOR_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #pragma clang attribute push(__attribute__((min_vector_width(512))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
-#define SPG_FIXUP
+#define SPG_AVX512
 namespace avx512 {
 #include "convert.h"
+#include "decode.h"
 #include "importance_kernels.h"
 #include "step_kernels.h"
 SPG_TABLE("avx512");
 }  // namespace avx512
-#undef SPG_FIXUP
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512vbmi,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512vbmi")
+#endif
+#define SPG_VBMI
+namespace avx512vbmi {
+#include "convert.h"
+#include "decode.h"
+#include "importance_kernels.h"
+#include "step_kernels.h"
+SPG_TABLE("avx512vbmi");
+}  // namespace avx512vbmi
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute pop
@@ -69,16 +92,17 @@ SPG_TABLE("avx512");
 #pragma GCC pop_options
 #endif
 
+// The best table that the machine has and SPG_CPU_CAPABILITY does not rule out.
 static const Kernels& choose() {
   const char* cap = std::getenv("SPG_CPU_CAPABILITY");
-  const bool capped_to_baseline = cap && !std::strcmp(cap, "baseline");
-  const bool capped_to_avx2 = cap && !std::strcmp(cap, "avx2");
+  const auto capped_to = [cap](const char* isa) { return cap && !std::strcmp(cap, isa); };
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && !capped_to_avx2 && !capped_to_baseline) return avx512::table;
-  if (has_avx2 && !capped_to_baseline) return avx2::table;
-  return baseline::table;
+  if (!has_avx2 || capped_to("baseline")) return baseline::table;
+  if (!has_avx512 || capped_to("avx2")) return avx2::table;
+  if (!__builtin_cpu_supports("avx512vbmi") || capped_to("avx512")) return avx512::table;
+  return avx512vbmi::table;
 }
 #else
 static const Kernels& choose() { return baseline::table; }
@@ -87,14 +111,6 @@ static const Kernels& choose() { return baseline::table; }
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
-}
-
-void decode(const uint8_t* code, int64_t count, float* factor) {
-#if defined(__x86_64__)
-  static const bool permutes = &kernels() == &avx512::table && __builtin_cpu_supports("avx512vbmi");
-  if (permutes) return decode_by_permutation(code, count, factor);
-#endif
-  decode_by_lookup(code, count, factor);
 }
 
 }  // namespace spg

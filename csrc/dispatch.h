@@ -94,9 +94,4 @@ struct Kernels {
 
 const Kernels& kernels();
 
-// The factors 1 - gamma of 8-bit codes; `decode` is the one of the two that this machine runs best.
-void decode_by_lookup(const uint8_t* code, int64_t count, float* factor);
-void decode_by_permutation(const uint8_t* code, int64_t count, float* factor);
-void decode(const uint8_t* code, int64_t count, float* factor);
-
 }  // namespace spg

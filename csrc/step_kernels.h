@@ -25,16 +25,28 @@ struct FactorOfOne {
   inline float operator()(int64_t) const { return f; }
 };
 
+// body(first, count, factor) for all of a block, or for kCodes elements of it at a time: their number is then a constant, as a
+// type, so that the loop over them has no ends to look for.
 template <class Body>
 static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, const Body& body) {
   if (gamma.dtype == SPG_FLOAT32) {
-    body(FactorOfValue{static_cast<const float*>(gamma.data) + begin});
+    body(int64_t(0), count, FactorOfValue{static_cast<const float*>(gamma.data) + begin});
   } else if (gamma.dtype == SPG_CODE8) {
-    float factor[kBlock];
-    decode(static_cast<const uint8_t*>(gamma.data) + begin, count, factor);
-    body(FactorDecoded{factor});
+    const uint8_t* code = static_cast<const uint8_t*>(gamma.data) + begin;
+    alignas(64) float factor[kCodes];
+    const int64_t whole = count / kCodes * kCodes;
+    for (int64_t i = 0; i < whole; i += kCodes) {
+      decode(code + i, factor);
+      body(i, std::integral_constant<int64_t, kCodes>(), FactorDecoded{factor});
+    }
+    if (whole < count) {
+      uint8_t last[kCodes] = {};
+      std::memcpy(last, code + whole, count - whole);
+      decode(last, factor);
+      body(whole, count - whole, FactorDecoded{factor});
+    }
   } else {
-    body(FactorOfOne{1.0f - *static_cast<const float*>(gamma.data)});
+    body(int64_t(0), count, FactorOfOne{1.0f - *static_cast<const float*>(gamma.data)});
   }
 }
 
@@ -57,13 +69,13 @@ static inline float moved(float p, float f, float scale, float update) {
   return select(mask_if(f != 0.0f), SPG_FMA(f * scale, update, p), p);
 }
 
-template <class Factor>
-static inline void soft_mask_block(float* __restrict g, Factor factor, int64_t count) {
+template <class Factor, class Count>
+static inline void soft_mask_block(float* __restrict g, Factor factor, Count count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) g[i] = masked(g[i], factor(i));  // a product with 1 is exact
 }
 
-#if defined(SPG_FIXUP)
+#if defined(SPG_AVX512)
 // The loop that waits for memory most. The fewer instructions wait for a load, the further ahead a core loads: the fixup is a
 // compare and a select in one, which no compiler finds, and two 256-bit halves of a line take less time than all of it at once.
 // On 64 million elements 5 % faster than the loop above on Zen 4, level with the bare product.
@@ -85,17 +97,17 @@ static inline void soft_mask_block(float* __restrict g, FactorOfValue factor, in
 
 static void soft_mask(int32_t dtype, void* grad, Gamma gamma, int64_t begin, int64_t end) {
   float scratch[kBlock];
-  const int64_t block = block_size(dtype == SPG_FLOAT32 && gamma.dtype != SPG_CODE8, begin, end);
+  const int64_t block = block_size(dtype == SPG_FLOAT32, begin, end);
   for (int64_t b = begin; b < end; b += block) {
     const int64_t count = std::min(block, end - b);
     float* g = read(dtype, grad, b, count, scratch);
-    with_factor(gamma, b, count, [=](auto factor) { soft_mask_block(g, factor, count); });
+    with_factor(gamma, b, count, [=](int64_t i, auto n, auto factor) { soft_mask_block(g + i, factor, n); });
     write(dtype, grad, b, count, g);
   }
 }
 
-template <class Factor>
-static inline void update_mask_block(float* __restrict p, const float* __restrict old, Factor factor, int64_t count) {
+template <class Factor, class Count>
+static inline void update_mask_block(float* __restrict p, const float* __restrict old, Factor factor, Count count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) {
     const float f = factor(i);
@@ -105,22 +117,25 @@ static inline void update_mask_block(float* __restrict p, const float* __restric
 
 static void update_mask(int32_t dtype, void* param, const void* old_param, Gamma gamma, int64_t begin, int64_t end) {
   float p_scratch[kBlock], old_scratch[kBlock];
-  const int64_t block = block_size(dtype == SPG_FLOAT32 && gamma.dtype != SPG_CODE8, begin, end);
+  const int64_t block = block_size(dtype == SPG_FLOAT32, begin, end);
   for (int64_t b = begin; b < end; b += block) {
     const int64_t count = std::min(block, end - b);
     float* p = read(dtype, param, b, count, p_scratch);
     const float* old = read(dtype, old_param, b, count, old_scratch);
-    with_factor(gamma, b, count, [=](auto factor) { update_mask_block(p, old, factor, count); });
+    with_factor(gamma, b, count, [=](int64_t i, auto n, auto factor) { update_mask_block(p + i, old + i, factor, n); });
     write(dtype, param, b, count, p);
   }
 }
 
+// Element i of a tensor that may not be there.
+static inline float* at(float* data, int64_t i) { return data ? data + i : nullptr; }
+
 // In the steps, the mask on the gradient and the mask on the update are one code path: the other factor is 1, and a
 // product with 1 is exact. The fused multiply-adds are where torch's own kernels have them, so that with f = 1 the bits are
 // torch's (SGD) or within rounding (Adam, whose update and decay are one sum here) even where a sum cancels.
-template <class Usual, class Plain, class Momentum, class Factor>
+template <class Usual, class Plain, class Momentum, class Factor, class Count>
 static inline void sgd_block(Usual usual, Plain plain, Momentum has_momentum, const SgdStep& s, float* __restrict p,
-                             const float* __restrict g, float* __restrict buf, Factor factor, int64_t count) {
+                             const float* __restrict g, float* __restrict buf, Factor factor, Count count) {
   const float grad_factor = s.grad_factor, lr = s.lr, momentum = s.momentum, share = s.gradient_share, decay = s.weight_decay;
   const uint32_t on_gradient = mask_if(!usual && s.mask_gradient), decays = mask_if(!plain && decay != 0.0f);
   const uint32_t first = mask_if(!usual && s.first), nesterov = mask_if(!usual && s.nesterov);
@@ -143,7 +158,7 @@ static void sgd(const SgdStep& step, const Sgd& t, Gamma gamma, int64_t begin, i
   const bool usual = !step.mask_gradient && !step.first && !step.nesterov;
   const bool plain = step.grad_factor == 1.0f && step.weight_decay == 0.0f;
   const bool in_place = t.dtype == SPG_FLOAT32;  // the state is then float32 too
-  const int64_t block = block_size(in_place && gamma.dtype != SPG_CODE8, begin, end);
+  const int64_t block = block_size(in_place, begin, end);
   for (int64_t b = begin; b < end; b += block) {
     const int64_t count = std::min(block, end - b);
     float* p = read(t.dtype, t.param, b, count, p_scratch);
@@ -152,8 +167,8 @@ static void sgd(const SgdStep& step, const Sgd& t, Gamma gamma, int64_t begin, i
     with_choice(usual, [&](auto usual_type) {
       with_choice(plain, [&](auto plain_type) {
         with_choice(buf, [&](auto has_momentum) {
-          with_factor(gamma, b, count, [&](auto factor) {
-            sgd_block(usual_type, plain_type, has_momentum, step, p, g, buf, factor, count);
+          with_factor(gamma, b, count, [&](int64_t i, auto n, auto factor) {
+            sgd_block(usual_type, plain_type, has_momentum, step, p + i, g + i, at(buf, i), factor, n);
           });
         });
       });
@@ -163,10 +178,10 @@ static void sgd(const SgdStep& step, const Sgd& t, Gamma gamma, int64_t begin, i
   }
 }
 
-template <class Usual, class Amsgrad, class Factor>
+template <class Usual, class Amsgrad, class Factor, class Count>
 static inline void adam_block(Usual usual, Amsgrad amsgrad, const AdamStep& s, float* __restrict p, const float* __restrict g,
                               float* __restrict m, float* __restrict v, float* __restrict v_max, Factor factor,
-                              int64_t count) {
+                              Count count) {
   const float grad_factor = s.grad_factor, beta2 = s.beta2, square_share = s.exp_avg_sq_share, step_size = s.step_size;
   const float correction = s.inverse_correction2, eps = s.eps, coupled = s.coupled_decay, decoupled = s.decoupled_decay;
   const uint32_t on_gradient = mask_if(!usual && s.mask_gradient);
@@ -199,7 +214,7 @@ static void adam(const AdamStep& step, const Adam& t, Gamma gamma, int64_t begin
   float p_scratch[kBlock], g_scratch[kBlock], m_scratch[kBlock], v_scratch[kBlock], max_scratch[kBlock];
   const bool usual = !step.mask_gradient && step.coupled_decay == 0.0f && step.exp_avg_share < 0.5f;
   const bool in_place = t.dtype == SPG_FLOAT32;
-  const int64_t block = block_size(in_place && gamma.dtype != SPG_CODE8, begin, end);
+  const int64_t block = block_size(in_place, begin, end);
   for (int64_t b = begin; b < end; b += block) {
     const int64_t count = std::min(block, end - b);
     float* p = read(t.dtype, t.param, b, count, p_scratch);
@@ -209,8 +224,9 @@ static void adam(const AdamStep& step, const Adam& t, Gamma gamma, int64_t begin
     float* v_max = t.max_exp_avg_sq ? read(t.state_dtype, t.max_exp_avg_sq, b, count, max_scratch) : nullptr;
     with_choice(usual, [&](auto usual_type) {
       with_choice(v_max, [&](auto amsgrad) {
-        with_factor(gamma, b, count,
-                    [&](auto factor) { adam_block(usual_type, amsgrad, step, p, g, m, v, v_max, factor, count); });
+        with_factor(gamma, b, count, [&](int64_t i, auto n, auto factor) {
+          adam_block(usual_type, amsgrad, step, p + i, g + i, m + i, v + i, at(v_max, i), factor, n);
+        });
       });
     });
     if (v_max) write(t.state_dtype, t.max_exp_avg_sq, b, count, v_max);

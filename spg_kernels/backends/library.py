@@ -8,7 +8,7 @@ from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 ABI_VERSION = 3
-CAPS = ("avx512", "avx2", "baseline")  # what csrc/ knows of SPG_CPU_CAPABILITY; any other value caps nothing
+CAPS = ("avx512vbmi", "avx512", "avx2", "baseline")  # what csrc/ knows of SPG_CPU_CAPABILITY; any other value caps nothing
 LIBRARY = Path(__file__).with_name("libspg_kernels.so")
 # What functions return, and what they take.
 _SIGNATURES = {
