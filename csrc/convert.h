@@ -47,7 +47,8 @@ static inline uint16_t to_float16(float value) {
   return uint16_t(sign | h);
 }
 
-constexpr int64_t kBlock = 512;
+// Elements that are converted at once: as few as a core looks ahead, but enough for the loops over them.
+constexpr int64_t kBlock = 192;
 
 // The elements [begin, begin + count) as float32: in place, or converted into `scratch`, which holds kBlock of them.
 static inline float* read(int32_t dtype, const void* data, int64_t begin, int64_t count, float* scratch) {

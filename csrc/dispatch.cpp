@@ -73,7 +73,8 @@ SPG_TABLE("avx512");
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512vbmi,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512vbmi")
 #endif

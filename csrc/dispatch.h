@@ -8,7 +8,7 @@ namespace spg {
 
 // Statistics are taken per chunk of this many elements and merged in index order, so that the bits of a mean do not
 // depend on the number of threads.
-constexpr int64_t kChunk = 16384;
+constexpr int64_t kChunk = 32768;
 
 // One chunk of a gradient. The mean is relative to the tensor's first element, so that mean >> std loses no digits.
 struct Moments {

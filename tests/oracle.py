@@ -53,7 +53,7 @@ def gradient(n: int, dtype: torch.dtype, kind: str, seed: int = 0) -> torch.Tens
 
 
 KINDS = ("normal", "huge", "tiny", "mean >> std", "outlier first", "constant", "zero", "two values")
-SIZES = (0, 1, 2, 3, 15, 16, 17, 255, 1000, 16383, 16384, 16385, 131073)
+SIZES = (0, 1, 2, 3, 15, 16, 17, 255, 1000, 16384, 32767, 32768, 32769, 131073)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
