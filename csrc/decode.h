@@ -12,7 +12,7 @@ static inline __m512i lookup(const uint8_t* plane, __m512i codes) {
   return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
 }
 
-static inline void decode(const uint8_t* code, float* factor) {
+__attribute__((always_inline)) static inline void decode(const uint8_t* code, float* factor) {
   // Unpacking works within 128-bit lanes; transposing the 4 x 4 words of codes first brings the factors out in order.
   const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i codes = _mm512_maskz_permutexvar_epi32(0xffff, transpose, _mm512_loadu_si512(code));
@@ -30,7 +30,7 @@ static inline void decode(const uint8_t* code, float* factor) {
 constexpr int64_t kCodes = 64;
 
 // Looks up sixteen codes at once in each of the table's eight 32-entry parts, and the codes' top bits choose.
-static inline void decode(const uint8_t* code, float* factor) {
+__attribute__((always_inline)) static inline void decode(const uint8_t* code, float* factor) {
   for (int64_t i = 0; i < kCodes; i += 16) {
     const __m512i codes = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(code + i)));
     const auto part = [=](const float* at) __attribute__((always_inline)) {
@@ -58,7 +58,7 @@ static inline Factors lookup(const uint8_t* code, std::index_sequence<lane...>) 
   return Factors{kCodeTable.factor[code[lane]]...};
 }
 
-static inline void decode(const uint8_t* code, float* factor) {
+__attribute__((always_inline)) static inline void decode(const uint8_t* code, float* factor) {
   constexpr int64_t lanes = SPG_VECTOR_BYTES / sizeof(float);
   for (int64_t i = 0; i < kCodes; i += lanes) {
     const Factors factors = lookup(code + i, std::make_index_sequence<lanes>());

@@ -25,28 +25,48 @@ struct FactorOfOne {
   inline float operator()(int64_t) const { return f; }
 };
 
-// body(first, count, factor) for all of a block, or for kCodes elements of it at a time: their number is then a constant, as a
-// type, so that the loop over them has no ends to look for.
+// What a loop over `count` elements reads 1 KiB later, into the L2 cache. The hardware does that too, but not across the
+// borders of pages, and with three streams and more less than it could: momentum and AdamW take up to a tenth less time.
+template <class... Data>
+static inline void prefetch(int64_t count, const Data*... data) {
+  const auto line = [](const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 1024, 0, 2); };
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(float))) (line(data + i), ...);
+}
+
+// body(first, n, factor) for kCodes of the `count` elements at a time: n is then a constant, as a type, so that the loop over
+// them has no ends to look for. factor_of(first, n) is their factor.
+template <class Body, class FactorOf>
+static inline void in_blocks(int64_t count, const Body& body, const FactorOf& factor_of) {
+  const int64_t whole = count / kCodes * kCodes;
+  for (int64_t i = 0; i < whole; i += kCodes) body(i, std::integral_constant<int64_t, kCodes>(), factor_of(i, kCodes));
+  if (whole < count) body(whole, count - whole, factor_of(whole, count - whole));
+}
+
 template <class Body>
 static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, const Body& body) {
   if (gamma.dtype == SPG_FLOAT32) {
-    body(int64_t(0), count, FactorOfValue{static_cast<const float*>(gamma.data) + begin});
+    const float* value = static_cast<const float*>(gamma.data) + begin;
+    in_blocks(count, body, [=](int64_t i, int64_t n) {
+      prefetch(n, value + i);
+      return FactorOfValue{value + i};
+    });
   } else if (gamma.dtype == SPG_CODE8) {
     const uint8_t* code = static_cast<const uint8_t*>(gamma.data) + begin;
     alignas(64) float factor[kCodes];
-    const int64_t whole = count / kCodes * kCodes;
-    for (int64_t i = 0; i < whole; i += kCodes) {
-      decode(code + i, factor);
-      body(i, std::integral_constant<int64_t, kCodes>(), FactorDecoded{factor});
-    }
-    if (whole < count) {
-      uint8_t last[kCodes] = {};
-      std::memcpy(last, code + whole, count - whole);
-      decode(last, factor);
-      body(whole, count - whole, FactorDecoded{factor});
-    }
+    in_blocks(count, body, [&](int64_t i, int64_t n) {
+      prefetch(1, code + i);
+      if (n == kCodes) {
+        decode(code + i, factor);
+      } else {
+        uint8_t last[kCodes] = {};
+        std::memcpy(last, code + i, n);
+        decode(last, factor);
+      }
+      return FactorDecoded{factor};
+    });
   } else {
-    body(int64_t(0), count, FactorOfOne{1.0f - *static_cast<const float*>(gamma.data)});
+    const float f = 1.0f - *static_cast<const float*>(gamma.data);
+    in_blocks(count, body, [=](int64_t, int64_t) { return FactorOfOne{f}; });
   }
 }
 
@@ -79,7 +99,8 @@ static inline void soft_mask_block(float* __restrict g, Factor factor, Count cou
 // The loop that waits for memory most. The fewer instructions wait for a load, the further ahead a core loads: the fixup is a
 // compare and a select in one, which no compiler finds, and two 256-bit halves of a line take less time than all of it at once.
 // On 64 million elements 5 % faster than the loop above on Zen 4, level with the bare product.
-static inline void soft_mask_block(float* __restrict g, FactorOfValue factor, int64_t count) {
+template <class Count>
+static inline void soft_mask_block(float* __restrict g, FactorOfValue factor, Count count) {
   const __m256 one = _mm256_set1_ps(1.0f);
   const __m256i zero_where_zero = _mm256_set1_epi32(0x800);  // for operands of class 2, zeros, answer 8, +0; else no change
   const auto mask = [=](float* at, const float* gamma) __attribute__((always_inline)) {
@@ -168,6 +189,8 @@ static void sgd(const SgdStep& step, const Sgd& t, Gamma gamma, int64_t begin, i
       with_choice(plain, [&](auto plain_type) {
         with_choice(buf, [&](auto has_momentum) {
           with_factor(gamma, b, count, [&](int64_t i, auto n, auto factor) {
+            prefetch(n, p + i, g + i);
+            if (has_momentum) prefetch(n, buf + i);
             sgd_block(usual_type, plain_type, has_momentum, step, p + i, g + i, at(buf, i), factor, n);
           });
         });
@@ -225,6 +248,7 @@ static void adam(const AdamStep& step, const Adam& t, Gamma gamma, int64_t begin
     with_choice(usual, [&](auto usual_type) {
       with_choice(v_max, [&](auto amsgrad) {
         with_factor(gamma, b, count, [&](int64_t i, auto n, auto factor) {
+          prefetch(n, p + i, g + i, m + i, v + i);
           adam_block(usual_type, amsgrad, step, p + i, g + i, m + i, v + i, at(v_max, i), factor, n);
         });
       });
