@@ -24,7 +24,7 @@ enum {
 enum { SPG_OK = 0, SPG_OUT_OF_MEMORY = 1, SPG_BAD_DTYPE = 2 };
 
 SPG_API int32_t spg_abi_version(void);  // 3
-SPG_API const char* spg_isa(void);      // "avx512", "avx2" or "baseline"; the environment's SPG_CPU_CAPABILITY caps it
+SPG_API const char* spg_isa(void);      // "avx512vbmi", "avx512", "avx2", "baseline"; the variable SPG_CPU_CAPABILITY caps it
 SPG_API int32_t spg_has_openmp(void);
 
 // gamma <- max(gamma, |tanh z|), z = (g - mean g) / std g over the whole tensor, in float64. gammas: float32 or 8-bit codes.

@@ -25,6 +25,8 @@ struct FactorOfOne {
   inline float operator()(int64_t) const { return f; }
 };
 
+static_assert(kBlock % kCodes == 0, "or every block of halves ends in a padded decode");
+
 // What a loop over `count` elements reads 1 KiB later, into the L2 cache. The hardware does that too, but not across the
 // borders of pages, and with three streams and more less than it could: momentum and AdamW take up to a tenth less time.
 template <class... Data>

@@ -15,9 +15,9 @@ SPECIAL = (math.inf, -math.inf, math.nan)
 SHAPES = st.one_of(
     st.sampled_from([(), (0,), (1,), (2,), (3, 0, 2), (1, 1), (1, 5, 1)]),
     st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple),
-    st.sampled_from([15, 16, 17, 31, 33, 63, 64, 65, 255, 511, 512, 513, 1025]).map(lambda n: (n,)),
+    st.sampled_from([15, 16, 17, 31, 33, 63, 64, 65, 191, 192, 193, 255, 512, 1025]).map(lambda n: (n,)),
 )
-LONG = st.sampled_from([(16385,), (33000,)])  # chunks, and more than one thread
+LONG = st.sampled_from([(32769,), (33000,)])  # chunks, and more than one thread
 # Few of them: what is wrong in a long tensor mostly is in a short one, at a fraction of the time.
 ANY_SHAPE = st.integers(0, 40).flatmap(lambda k: LONG if k == 23 else SHAPES)
 

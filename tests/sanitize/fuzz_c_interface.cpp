@@ -89,8 +89,8 @@ struct List {
   std::vector<void*> pointers;
 };
 
-constexpr int64_t kSizes[] = {0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 255, 511, 512, 513, 1000, 4097};
-constexpr int64_t kLongSizes[] = {16383, 16385, 33000, 70001};
+constexpr int64_t kSizes[] = {0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 191, 192, 193, 255, 512, 1000, 4097};
+constexpr int64_t kLongSizes[] = {16385, 32767, 32769, 70001};
 constexpr double kRates[] = {0.0, 1e-3, 0.1, 0.9, 1.0, 1e30};
 constexpr double kFactors[] = {1.0, -1.0, 1.0 / 65536.0, -1.0 / 3000.0, 0.0};
 
