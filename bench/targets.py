@@ -16,7 +16,7 @@ class Target:
         kind: what is bounded:
             "faster" `against`'s time over `ours`'s, at least; "cost" `ours`'s time over `against`'s, at most;
             "share" of the copy bandwidth, at least; "host" host time in us, at most; "host cost" over `against`'s, at most;
-            "added" host time of `ours` less `against`'s in us, at most.
+            "added" to `against`'s host time by `ours`, which wraps it, in us, at most.
     """
 
     pass_name: str
@@ -38,7 +38,7 @@ class Target:
             "share": lambda: ours["copy_share"],
             "host": lambda: ours["host_us"],
             "host cost": lambda: ours["host_us"] / against["host_us"],
-            "added": lambda: _host(ours) - _host(against),
+            "added": lambda: against["added_us"],
         }[self.kind]()
 
     def is_met(self, measured: float) -> bool:
@@ -61,10 +61,6 @@ class Target:
         return f"{measured:.1f} us" if self.kind in ("host", "added") else f"{measured:.2f}x"
 
 
-def _host(row: dict) -> float:
-    return row["median_us"] if row["host_us"] is None else row["host_us"]
-
-
 _STEPS = tuple(
     Target(pass_name, ours, "cost", bound, "unmasked fused")
     for pass_name, bounds in (("sgd", (1.10, 1.35)), ("sgd momentum", (1.10, 1.35)), ("adamw", (1.05, 1.15)))
@@ -72,7 +68,7 @@ _STEPS = tuple(
 _SMALL = (
     *(Target(name, "spg float32", "cost", 1.0, "unmasked foreach", ("small_62",))
       for name in ("sgd", "sgd momentum", "adamw")),
-    *(Target(f"{name}, before importance", "spg float32", "added", 30, "unmasked default", ("small_62",))
+    *(Target(f"{name}, before importance", "spg float32", "added", 30, "unmasked foreach", ("small_62",))
       for name in ("sgd momentum", "adamw")),
 )
 TARGETS = {

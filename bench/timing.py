@@ -50,7 +50,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of one pass over one parameter set. Times are in microseconds; ratios are its time over ours."""
+    """One contender of one pass over one parameter set. Times are in microseconds; ratios are its time over ours.
+
+    Args:
+        added_us: our float32 call's time on the host less its own, median over rounds: what a wrapper adds to what it wraps.
+    """
 
     pass_name: str
     set_name: str
@@ -62,6 +66,7 @@ class Row:
     p20_us: float
     p80_us: float
     host_us: float | None = None
+    added_us: float | None = None
     bytes_per_parameter: float | None = None
     copy_share: float | None = None
     vs_float32: float | None = None
@@ -171,9 +176,14 @@ def _rows(rounds: Rounds, extra: dict[str, int | None], pass_name: str, set_name
         ratios = {column: statistics.median(a / b for a, b in zip(own, times[ours])) for column, ours in OURS.items()
                   if ours in times and contender.name not in (ours, COPY)}
         host, bytes_held = rounds.host_times[contender.name], extra[contender.name]
+        added = None
+        if "vs_float32" in ratios:
+            # Not the difference of two medians: a call's times spread over more than what a wrapper adds to it.
+            on_host = rounds.host_times if host[0] is not None else times
+            added = statistics.median(a - b for a, b in zip(on_host[OURS["vs_float32"]], on_host[contender.name])) * 1e6
         rows.append(Row(
             pass_name, set_name, contender.name, parameters, tensors, len(own), median, p20, p80,
-            host_us=None if host[0] is None else statistics.median(host) * 1e6,
+            host_us=None if host[0] is None else statistics.median(host) * 1e6, added_us=added,
             bytes_per_parameter=contender.bytes_per_parameter, copy_share=share, **ratios,
             extra_mib=None if bytes_held is None else bytes_held / 2**20,
             copy_gb_s=bandwidth and bandwidth / 1e9))
