@@ -1,5 +1,7 @@
 """Runs functions in several processes of one gloo process group, for the tests past one device."""
 
+import faulthandler
+import gc
 import time
 import traceback
 from collections.abc import Callable
@@ -33,6 +35,7 @@ def run(directory: Path, *parts: tuple[int, Cases]) -> None:
 
 
 def _process(rank: int, directory: Path, parts: tuple[tuple[int, Cases], ...]) -> None:
+    faulthandler.enable()  # a signal would end a rank without a word of where
     torch.set_num_threads(1)
     for number, (world, cases) in enumerate(parts):
         if rank < world:
@@ -40,6 +43,9 @@ def _process(rank: int, directory: Path, parts: tuple[tuple[int, Cases], ...]) -
                                     timeout=timedelta(seconds=TIMEOUT))
             for case in cases:
                 _call(case, directory)
+            # Models in reference cycles hold on to their groups, whose sockets would close in the middle of the next part.
+            gc.collect()
+            dist.barrier()
             dist.destroy_process_group()
 
 
