@@ -51,18 +51,34 @@ constexpr int64_t kCodes = 32;
 
 // Vectors of the size that the loops load: a load of what several smaller stores wrote waits until they are in the cache.
 typedef float Factors __attribute__((vector_size(SPG_VECTOR_BYTES)));
+constexpr int64_t kFactors = SPG_VECTOR_BYTES / sizeof(float);
 
-// One load a code. Written out, because gathers, which a compiler makes of a loop, take several times as long.
-template <size_t... lane>
-static inline Factors lookup(const uint8_t* code, std::index_sequence<lane...>) {
-  return Factors{kCodeTable.factor[code[lane]]...};
+// One load a factor, written out, because gathers, which a compiler makes of a loop, take twice the time and more. Their codes
+// come in one load, and the barriers keep a compiler from making one a code of it again: loads are what there is most of here.
+static inline void lookup(const uint8_t* code, float* factor) {
+  Factors factors = {};
+#if SPG_VECTOR_BYTES == 32
+  uint64_t codes;
+  std::memcpy(&codes, code, sizeof codes);
+  for (int64_t k = 0; k < kFactors; k += 2) {
+    asm("" : "+r"(codes));
+    factors[k] = kCodeTable.factor[uint8_t(codes)];
+    factors[k + 1] = kCodeTable.factor[uint8_t(codes >> 8)];  // x86 takes the second byte of a register as it takes the first
+    codes >>= 16;
+  }
+#else
+  uint32_t codes;
+  std::memcpy(&codes, code, sizeof codes);
+  asm("" : "+r"(codes));
+  const auto at = [=](int64_t k) {
+    return kCodeTable.factor[uint8_t(codes >> 8 * (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? k : 3 - k))];
+  };
+  factors = Factors{at(0), at(1), at(2), at(3)};
+#endif
+  std::memcpy(factor, &factors, sizeof factors);
 }
 
 __attribute__((always_inline)) static inline void decode(const uint8_t* code, float* factor) {
-  constexpr int64_t lanes = SPG_VECTOR_BYTES / sizeof(float);
-  for (int64_t i = 0; i < kCodes; i += lanes) {
-    const Factors factors = lookup(code + i, std::make_index_sequence<lanes>());
-    std::memcpy(factor + i, &factors, sizeof factors);
-  }
+  for (int64_t i = 0; i < kCodes; i += kFactors) lookup(code + i, factor + i);
 }
 #endif

@@ -36,16 +36,17 @@ static inline void prefetch(int64_t count, const Data*... data) {
 }
 
 // body(first, n, factor) for kCodes of the `count` elements at a time: n is then a constant, as a type, so that the loop over
-// them has no ends to look for. factor_of(first, n) is their factor.
+// them has no ends to look for. factor_of(first, n) is their factor. Both come, and hold what they use, by value: behind a
+// reference lies memory that the body may have written, to be read again for every block.
 template <class Body, class FactorOf>
-static inline void in_blocks(int64_t count, const Body& body, const FactorOf& factor_of) {
+static inline void in_blocks(int64_t count, Body body, FactorOf factor_of) {
   const int64_t whole = count / kCodes * kCodes;
   for (int64_t i = 0; i < whole; i += kCodes) body(i, std::integral_constant<int64_t, kCodes>(), factor_of(i, kCodes));
   if (whole < count) body(whole, count - whole, factor_of(whole, count - whole));
 }
 
 template <class Body>
-static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, const Body& body) {
+static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, Body body) {
   if (gamma.dtype == SPG_FLOAT32) {
     const float* value = static_cast<const float*>(gamma.data) + begin;
     in_blocks(count, body, [=](int64_t i, int64_t n) {
@@ -54,8 +55,9 @@ static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, const 
     });
   } else if (gamma.dtype == SPG_CODE8) {
     const uint8_t* code = static_cast<const uint8_t*>(gamma.data) + begin;
-    alignas(64) float factor[kCodes];
-    in_blocks(count, body, [&](int64_t i, int64_t n) {
+    alignas(64) float decoded[kCodes];
+    float* factor = decoded;
+    in_blocks(count, body, [=](int64_t i, int64_t n) {
       prefetch(1, code + i);
       if (n == kCodes) {
         decode(code + i, factor);
@@ -190,7 +192,7 @@ static void sgd(const SgdStep& step, const Sgd& t, Gamma gamma, int64_t begin, i
     with_choice(usual, [&](auto usual_type) {
       with_choice(plain, [&](auto plain_type) {
         with_choice(buf, [&](auto has_momentum) {
-          with_factor(gamma, b, count, [&](int64_t i, auto n, auto factor) {
+          with_factor(gamma, b, count, [=](int64_t i, auto n, auto factor) {
             prefetch(n, p + i, g + i);
             if (has_momentum) prefetch(n, buf + i);
             sgd_block(usual_type, plain_type, has_momentum, step, p + i, g + i, at(buf, i), factor, n);
@@ -249,7 +251,7 @@ static void adam(const AdamStep& step, const Adam& t, Gamma gamma, int64_t begin
     float* v_max = t.max_exp_avg_sq ? read(t.state_dtype, t.max_exp_avg_sq, b, count, max_scratch) : nullptr;
     with_choice(usual, [&](auto usual_type) {
       with_choice(v_max, [&](auto amsgrad) {
-        with_factor(gamma, b, count, [&](int64_t i, auto n, auto factor) {
+        with_factor(gamma, b, count, [=](int64_t i, auto n, auto factor) {
           prefetch(n, p + i, g + i, m + i, v + i);
           adam_block(usual_type, amsgrad, step, p + i, g + i, m + i, v + i, at(v_max, i), factor, n);
         });
