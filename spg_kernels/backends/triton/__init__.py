@@ -6,8 +6,10 @@ Importing it imports no Triton and probes no device.
 import functools
 import importlib.util
 
+import numpy
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from .plans import INTERPRETED, PLANS  # noqa: F401  (PLANS is part of what a backend offers)
 
@@ -19,8 +21,20 @@ DEVICE_TYPES = ("cuda",)
 def unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if not INTERPRETED and not torch.cuda.is_available():
-        return "there is no CUDA or ROCm device"
+    if INTERPRETED:
+        return interpreter_unavailable()
+    return None if torch.cuda.is_available() else "there is no CUDA or ROCm device"
+
+
+def interpreter_unavailable() -> str | None:
+    """Triton before 3.7 takes a loop's bounds from arrays of one element, which NumPy 2.4 no longer turns into a number.
+
+    Not left to that error: the launch it ends leaves the work queue's counters as they were, and the next would wait for ever.
+    """
+    import triton
+
+    if TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4":
+        return f"Triton {triton.__version__}'s interpreter does not run under NumPy {numpy.__version__} (pip install 'numpy<2.4', or Triton 3.7)"
     return None
 
 
