@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import distributed, ops
+from .checks import check_scaler
 from .importance import Importance
 from .memory import check_disjoint
 from .state import SCALER, init_group, same_objects
@@ -46,7 +47,7 @@ class _Found(NamedTuple):
     """What the step of one parameter group works on, besides its gradients."""
 
     group: list[Tensor]  # group["params"] as it was
-    has_grad: list[bool]
+    without_grad: list[Tensor]
     names: tuple[str | None, ...]  # of the states that the operator takes, None for one that it does without
     params: list[Tensor]  # those with a gradient; likewise:
     states: list[dict]
@@ -56,8 +57,8 @@ class _Found(NamedTuple):
 class FusedStep:
     """The step of torch's SGD, Adam or AdamW as masked operator calls, one for each parameter group.
 
-    Looking states and gammas up parameter by parameter takes longer than all else on the host, so what was found is kept
-    for as long as parameters, state dictionaries and gammas are the same objects. Tensors are read from them in every step.
+    Looking states, gammas and kernels up parameter by parameter takes longer than all else on the host, so what was found is
+    kept for as long as parameters, state dictionaries and gammas are the same objects. Tensors are read from them in every step.
     """
 
     def __init__(self):
@@ -65,55 +66,91 @@ class FusedStep:
         self._seen: list = []  # where: the optimizer, its state, the importance, and each of the state's dictionaries
         self._layout = -1
         self._is_sharded = False
+        self._kernels: list[ops.Kernel] = []  # of the last step's calls
+        self._backend = ""
 
     def take(self, inner: Optimizer, importance: Importance, gamma_of: Callable[[Tensor], Tensor], mask: str,
              backend: str) -> bool:
         """One masked step of `inner`. False, with nothing done, where a backend must refuse."""
         importance.update_means()
-        grads = [list(map(_grad, group["params"])) for group in inner.param_groups]
-        if torch.compiler.is_compiling() or not self._holds(inner, grads, importance):
-            self._find(inner, grads, importance, gamma_of)
-        step = _sgd if isinstance(inner, SGD) else _adam
-        calls = [call for group, found, own in zip(inner.param_groups, self._found, grads)
-                 for call in step(inner, group, found, [grad for grad in own if grad is not None])]
+        scaler = {name: getattr(inner, name, None) for name in SCALER}
+        common = {"mask": mask, **scaler}
+        is_held = not torch.compiler.is_compiling() and self._holds(inner, importance)
+        if is_held and self._backend == backend and self._take_again(inner, common):
+            return True
+        if not (is_held and all(p.grad is not None for found in self._found for p in found.params)):
+            self._find(inner, importance, gamma_of)
+        calls = self._calls(inner)
+        if not calls:  # a GradScaler that saw no gradient has no tensors to give
+            return True
+        check_scaler(**scaler)
+        first = [call for call in calls if _is_first(call)]
+        if first and scaler["found_inf"]:
+            return True  # no step, and no momentum buffer yet: only this once the host must know, and waits for the device
         on_shards = calls
         if self._is_sharded:
             on_shards = [call._replace(lists=distributed.local_lists(call.lists)) for call in calls]
-        first = [call for call in calls if call.settings.get("is_first_step") and call.lists[0]]
-        scaler = {name: getattr(inner, name, None) for name in SCALER}
-        if first and scaler["found_inf"]:
-            return True  # no step, and no momentum buffer yet: only this once the host must know, and waits for the device
-        if not ops.try_calls(on_shards, {"mask": mask, **scaler}, backend):
+        if torch.compiler.is_compiling():
+            ops.trace(on_shards, common, backend)
+        elif (found := ops.find_kernels(on_shards, backend)) is None:
             return False
+        else:
+            for call, (kernel, addresses) in zip(on_shards, found):
+                kernel.launch(addresses, call, common)
+            if not self._is_sharded:  # each step has tensors of its own for the shards
+                self._kernels, self._backend = [kernel for kernel, _ in found], backend
         for call in first:
             for parameter, buffer in zip(call.lists[0], call.lists[3]):
                 inner.state[parameter]["momentum_buffer"] = buffer
         return True
 
-    def _holds(self, inner: Optimizer, grads: list[list[Tensor | None]], importance: Importance) -> bool:
+    def _take_again(self, inner: Optimizer, common: dict) -> bool:
+        """The step with the last one's kernels, if they take the tensors that there are now."""
+        calls = self._calls(inner)
+        if len(calls) != len(self._kernels) or any(map(_is_first, calls)):
+            return False
+        addresses = [kernel.plan.locate(call.lists) for kernel, call in zip(self._kernels, calls)]
+        if not all(addresses):
+            return False
+        check_scaler(**{name: common[name] for name in SCALER})
+        for kernel, at, call in zip(self._kernels, addresses, calls):
+            kernel.launch(at, call, common)
+        return True
+
+    def _calls(self, inner: Optimizer) -> list[ops.Call]:
+        step = _sgd if isinstance(inner, SGD) else _adam
+        return [call for group, found in zip(inner.param_groups, self._found) if found.params
+                for call in step(inner, group, found, list(map(_grad, found.params))) if call.lists[0]]
+
+    def _holds(self, inner: Optimizer, importance: Importance) -> bool:
         return (self._layout == importance.layout and len(self._found) == len(inner.param_groups)
                 and same_objects([inner, inner.state, importance, *inner.state.values()], self._seen)
-                and all(same_objects(group["params"], found.group) and [grad is not None for grad in own] == found.has_grad
-                        and _names(inner, group) == found.names and all(found.states)  # else emptied, to be set up anew
-                        for group, found, own in zip(inner.param_groups, self._found, grads)))
+                and all(same_objects(group["params"], found.group) and _names(inner, group) == found.names
+                        and all(found.states)  # else emptied, to be set up anew
+                        and not any(p.grad is not None for p in found.without_grad)
+                        for group, found in zip(inner.param_groups, self._found)))
 
     @torch.no_grad()
-    def _find(self, inner: Optimizer, grads: list[list[Tensor | None]], importance: Importance, gamma_of: Callable) -> None:
-        self._found, found = [], []  # an error below leaves nothing half found
-        moving = [[p for p, grad in zip(group["params"], own) if grad is not None]
-                  for group, own in zip(inner.param_groups, grads)]
+    def _find(self, inner: Optimizer, importance: Importance, gamma_of: Callable) -> None:
+        self._found, self._kernels, found = [], [], []  # an error below leaves nothing half found
+        moving = [[p for p in group["params"] if p.grad is not None] for group in inner.param_groups]
         params = [p for own in moving for p in own]
         # Whatever refuses must do so before torch sets up a state.
         gammas = [[gamma_of(p) for p in own] for own in moving]
         check_disjoint({"params": [distributed.local(p) for p in params]}, {})
-        for group, own, stepped, masked in zip(inner.param_groups, grads, moving, gammas):
+        for group, stepped, masked in zip(inner.param_groups, moving, gammas):
             init_group(inner, group)
             names = _names(inner, group)
             states = [inner.state[p] for p in stepped] if any(names) else []
-            found.append(_Found(list(group["params"]), [grad is not None for grad in own], names, stepped, states, masked))
+            found.append(_Found(list(group["params"]), [p for p in group["params"] if p.grad is None], names, stepped, states,
+                                masked))
         self._is_sharded = any(map(distributed.is_dtensor, params))
         self._found, self._layout = found, importance.layout
         self._seen = [inner, inner.state, importance, *inner.state.values()]
+
+
+def _is_first(call: ops.Call) -> bool:
+    return call.settings.get("is_first_step", False)
 
 
 def _names(inner: Optimizer, group: dict) -> tuple[str | None, ...]:

@@ -6,15 +6,15 @@ Every operator works on lists of tensors, one call for a whole model, in place, 
 - `DEVICE_TYPES`: where its tensors live,
 - `unavailable() -> str | None`: what is missing here, None if it runs,
 - `PLANS`: which tensors it takes and what it keeps of them from call to call (`backends/plans.py`),
-- one function for each operator: `(launch, addresses, lists, **settings)`, a plan's launch, the addresses of all tensors, and
-  what its twin in `reference.py` takes.
+- one function for each operator: `(launch, addresses, **settings)`, a plan's launch, the addresses of all tensors, and the
+  settings that its twin in `reference.py` takes.
 """
 
 import functools
 import importlib
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -141,7 +141,7 @@ def _run(op: str, lists: Lists, kwargs: dict, backend: str):
         # in the cache from being looked at: after a pass over a model they are not.
         for i in _MUTATED[op]:
             increment_version(lists[i])
-        return getattr(chosen, op)(plan.launch, addresses, lists, **kwargs)
+        return getattr(chosen, op)(plan.launch, addresses, **kwargs)
     _check_memory(op, lists)
     if plan is None:
         with torch.no_grad():  # returned outside: between a return in here and the end of it, Ctrl-C leaves no_grad on
@@ -218,29 +218,36 @@ class Call(NamedTuple):
     settings: dict
 
 
-def try_calls(calls: list[Call], common: dict, backend: str) -> bool:
-    """Run every call on the fused backend, or none: False where there is none, or where it cannot take some tensor."""
-    calls = [call for call in calls if call.lists[0]]
-    if calls:  # a GradScaler that saw no gradient has no tensors to give
-        check_scaler(common["grad_scale"], common["found_inf"])
-    if is_compiling():
-        for op, lists, settings in calls:
-            _call(op, lists, backend, **settings, **common)
-        return True
-    ready = []
-    for op, lists, settings in calls:
+class Kernel(NamedTuple):
+    """What serves such calls: a backend's function, and the plan for tensors like those of a call."""
+
+    function: Callable
+    plan: Plan
+
+    def launch(self, addresses: array, call: Call, common: dict) -> None:
+        increment_version(call.lists[0])  # before, as in `_run`; of what a step writes, a graph can only have saved the parameters
+        self.function(self.plan.launch, addresses, **call.settings, **common)
+
+
+def find_kernels(calls: list[Call], backend: str) -> list[tuple[Kernel, array]] | None:
+    """The kernel of every call, and its tensors' addresses. None where there is none, or where it cannot take some tensor."""
+    found = []
+    for op, lists, _ in calls:
         chosen, plan, addresses = _known(op, lists, backend) or _make(op, lists, backend)
         if plan is None:
-            return False
+            return None
         if addresses is None:
             index, reason = plan.first_refusal()
             log.debug("%s: the generic step instead, because tensor %d of %d %s", op, index, len(lists[0]), reason)
-            return False
-        ready.append((getattr(chosen, op), plan.launch, addresses, lists, settings))
-    for run, launch, addresses, lists, settings in ready:
-        increment_version(lists[0])  # before, as in `_run`; of what a step writes, a graph can only have saved the parameters
-        run(launch, addresses, lists, **settings, **common)
-    return True
+            return None
+        found.append((Kernel(getattr(chosen, op), plan), addresses))
+    return found
+
+
+def trace(calls: list[Call], common: dict, backend: str) -> None:
+    """Every call through torch's dispatcher, for its compiler to see."""
+    for op, lists, settings in calls:
+        _call(op, lists, backend, **settings, **common)
 
 
 def _importance(grad: Tensor, backend: str) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ F32, BF16, F16, CODE = tl.float32, tl.bfloat16, tl.float16, tl.uint8
 BYTES = {F32: 4, BF16: 2, F16: 2, CODE: 1}
 FLOATS = ("lr", "ahead", "momentum", "undamped", "weight_decay", "sign", "log_beta1", "log_beta2", "beta2", "rest1", "rest2",
           "eps")
-SCALARS = (("items", "i32"), ("keeps", "*fp32"), ("grad_scale", "*fp32"), ("found_inf", "*fp32"),
+SCALARS = (("items", "i32"), ("tensors", "i32"), ("keeps", "*fp32"), ("grad_scale", "*fp32"), ("found_inf", "*fp32"),
            *((name, "fp32") for name in FLOATS))
 UNSCALED = dict(grad_scale=None, found_inf=None)
 
@@ -28,7 +28,8 @@ KERNELS = {
     "sgd": (steps.masked_sgd_kernel, ("p", "p", "s"), ("p", "s"), 1,
             dict(LR_ON_DEVICE=False, FIRST_STEP=False, NESTEROV=True, GRADIENT_MASK=False, MOMENTUM=True, **UNSCALED)),
     "adamw": (steps.masked_adamw_kernel, ("p", "p", "s", "s"), ("p", "s", "s"), 1,
-              dict(LR_ON_DEVICE=False, STEPS_ON_HOST=True, DECOUPLED=True, AMSGRAD=False, GRADIENT_MASK=False, **UNSCALED)),
+              dict(LR_ON_DEVICE=False, STEPS_ON_HOST=True, control=None, DECOUPLED=True, AMSGRAD=False, GRADIENT_MASK=False,
+                   **UNSCALED)),
     "adam": (steps.masked_adamw_kernel, ("p", "p", "s", "s", "s"), ("p", "s", "s", "s"), 1,
              dict(LR_ON_DEVICE=True, STEPS_ON_HOST=False, DECOUPLED=False, AMSGRAD=True, GRADIENT_MASK=True, **UNSCALED)),
 }
@@ -80,7 +81,8 @@ def _id(value) -> str:
 def test_full_blocks_move_16_bytes_at_a_time_and_nothing_spills(name, dtypes, target, tmp_path):
     compilation, width = compile_case(name, dtypes, target)
     assert "convert_layout" not in compilation.asm["ttgir"], "registers move between threads"
-    assert compilation.metadata.shared == 0
+    # Where it counts the programs that are done, one thread's answer goes to all.
+    assert compilation.metadata.shared <= (16 if KERNELS[name][-1].get("STEPS_ON_HOST") is False else 0)
     if target is GFX942:
         text, found = compilation.asm["amdgcn"], amd_accesses(compilation)
         assert "irr.guard" not in text and "vgpr_spill_count: 0" in text and "sgpr_spill_count: 0" in text
@@ -88,7 +90,8 @@ def test_full_blocks_move_16_bytes_at_a_time_and_nothing_spills(name, dtypes, ta
     else:
         found = nvidia_accesses(compilation)
         used = nvidia_resources(compilation, tmp_path)
-        assert used["STACK"] == used["LOCAL"] == used["SHARED"] == 0, used
+        assert used["STACK"] == used["LOCAL"] == 0, used
+        assert used["SHARED"] <= (1024 if compilation.metadata.shared else 0), used  # sm_90 reserves that much beside any
         # At least 768 threads fit a multiprocessor's 65,536 registers, which is more loads in flight than memory answers.
         assert used["REG"] <= 80, used
     for access, count in wide_accesses(name, dtypes, width).items():
@@ -113,3 +116,4 @@ def test_what_changes_from_step_to_step_is_a_plain_argument():
     """No learning rate, no number of chunks and no place of a GradScaler's values is compiled in."""
     for kernel in (steps.masked_sgd_kernel, steps.masked_adamw_kernel):
         assert {"lr", "items", "grad_scale", "found_inf"} <= set(kernel.do_not_specialize)
+    assert "tensors" in steps.masked_adamw_kernel.do_not_specialize

@@ -27,8 +27,10 @@ _NO_DEVICE = 1 << 20  # Triton keeps what it compiled for each device: none that
 class Driver:
     """Triton's driver with nothing behind it. `launched` has the kernel's name, its grid and its arguments, each time."""
 
+    launched: list[tuple] = []  # of all drivers: Triton keeps a kernel with the launcher that it was compiled under
+
     def __init__(self):
-        self.launched: list[tuple] = []
+        self.launched.clear()
         self.utils = SimpleNamespace(load_binary=lambda *_: (0, 0, 32, 0, 1024), unload_module=lambda *_: None,
                                      get_device_properties=lambda _: {"max_shared_mem": 232448})
 
@@ -83,6 +85,25 @@ def test_a_call_is_one_launch_and_other_values_compile_nothing(op, settings, dri
             settings = {**settings, "lr": lr, "weight_decay": decay}
         run(*part, **settings, backend="triton")
     assert len(driver.launched) == 5 and not compiled
+
+
+@pytest.mark.parametrize("op, settings", CASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_launch_kept_ready_has_the_arguments_of_one_that_triton_looks_at(op, settings, driver):
+    """Also right after a call of another kind, with tensors where there were numbers and none where there were some."""
+    lists = inputs(op, torch.float32, torch.float32, "8-bit", [(1000 * i + 16,) for i in range(1, 40)])
+    others = {"lr": torch.tensor(0.5), "grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0), "mask": "gradient"}
+    kinds = [settings, {**settings, **others} if "lr" in settings else settings]
+    run = getattr(spg_kernels, op)
+    for count in range(3):
+        for kind in kinds:
+            if op == "masked_adamw_":
+                torch._foreach_zero_(lists[6])
+            run(*lists, **kind, backend="triton")
+    first, ready = driver.launched[:len(kinds)], driver.launched[2 * len(kinds):]
+    for (name, grid, arguments), (ready_name, ready_grid, ready_arguments) in zip(first, ready, strict=True):
+        assert (name, grid) == (ready_name, ready_grid) and len(arguments) == len(ready_arguments)
+        for ours, expected in zip(ready_arguments, arguments):
+            assert ours is expected or ours == expected
 
 
 def test_importance_is_one_launch_and_other_tensors_compile_nothing(driver, compiled):

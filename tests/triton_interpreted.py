@@ -226,6 +226,19 @@ def test_step_counts_on_the_device_give_the_same_step(monkeypatch, count, found)
     assert [s.item() for s in twin[6]] == [count + i + (not found) for i in range(3)]
 
 
+@pytest.mark.parametrize("shapes", [[(40, 30)] + [(2,)] * 300, [(0,)] * 3, [(20000,), (0,), (5,)]], ids=["many", "empty", "mixed"])
+def test_the_last_program_out_takes_every_count_on_the_device_one_further(monkeypatch, shapes):
+    lists = inputs("masked_adamw_", torch.float32, torch.float32, "float32", shapes)
+    monkeypatch.setattr(plans, "on_host", lambda step: False)
+    monkeypatch.setattr(plans.PLANS, "_plans", {})
+    seen = launches(monkeypatch, steps, "masked_adamw_kernel")
+    for call, programs in enumerate((None, 1, 7), start=1):
+        monkeypatch.setattr(launch, "programs_override", programs)
+        spg_kernels.masked_adamw_(*lists, lr=0.1, backend="triton")
+        assert [s.item() for s in lists[6]] == [i % 4 + call for i in range(len(shapes))]
+    assert len(seen) == 3
+
+
 def test_auto_leaves_cpu_tensors_to_the_cpu_backends():
     assert ops.resolve("auto", "cpu").__name__ != "spg_kernels.backends.triton"
     assert ops.why_unavailable("triton") is None

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import library
 from .plans import Plans, is_one_value
-from .tensors import Lists
 
 DEVICE_TYPES = ("cpu",)
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -45,6 +44,7 @@ class _Launch:
     def __init__(self, op: str, named: dict[str, list[Tensor]]):
         self._function = getattr(library.load()[0], f"spg_{op[:-1]}")
         self._numel = array("q", [t.numel() for t in next(iter(named.values()))])
+        self.count = len(self._numel)
         self._codes = {name: array("i", [_ONE_VALUE if name == "gammas" and is_one_value(op, t) else _CODES[t.dtype]
                                          for t in tensors]) for name, tensors in named.items()}
         starts = dict(zip(named, itertools.accumulate(map(len, named.values()), initial=0)))
@@ -61,7 +61,7 @@ class _Launch:
 
     def __call__(self, addresses: array, *scalars) -> None:
         base = addresses.buffer_info()[0]
-        status = self._function(len(self._numel), self._numel.buffer_info()[0],
+        status = self._function(self.count, self._numel.buffer_info()[0],
                                 *[base + value if is_offset else value for is_offset, value in self._arguments],
                                 *scalars, torch.get_num_threads())
         if status == 1:
@@ -73,28 +73,28 @@ class _Launch:
 PLANS = Plans("cpu", _Launch)
 
 
-def accumulate_importance_(launch: _Launch, addresses: array, lists: Lists) -> Tensor:
-    finite = torch.empty(len(lists[0]), dtype=torch.bool, device="cpu")
+def accumulate_importance_(launch: _Launch, addresses: array) -> Tensor:
+    finite = torch.empty(launch.count, dtype=torch.bool, device="cpu")
     launch(addresses, finite.data_ptr())
     return finite
 
 
-def soft_mask_(launch: _Launch, addresses: array, lists: Lists) -> None:
+def soft_mask_(launch: _Launch, addresses: array) -> None:
     launch(addresses)
 
 
-def update_mask_(launch: _Launch, addresses: array, lists: Lists) -> None:
+def update_mask_(launch: _Launch, addresses: array) -> None:
     launch(addresses)
 
 
-def masked_sgd_(launch: _Launch, addresses: array, lists: Lists, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0,
+def masked_sgd_(launch: _Launch, addresses: array, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0,
                 nesterov=False, maximize=False, is_first_step=False, mask="update", grad_scale=None, found_inf=None) -> None:
     if not found_inf:
         launch(addresses, float(lr), momentum, dampening, weight_decay, _grad_factor(maximize, grad_scale), nesterov,
                is_first_step, mask == "gradient")
 
 
-def masked_adamw_(launch: _Launch, addresses: array, lists: Lists, *, lr, beta1=0.9, beta2=0.999, eps=1e-8,
+def masked_adamw_(launch: _Launch, addresses: array, *, lr, beta1=0.9, beta2=0.999, eps=1e-8,
                   weight_decay=1e-2, decoupled=True, maximize=False, mask="update", grad_scale=None, found_inf=None) -> None:
     if not found_inf:
         launch(addresses, float(lr), beta1, beta2, eps, weight_decay, _grad_factor(maximize, grad_scale), decoupled,

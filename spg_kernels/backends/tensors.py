@@ -113,4 +113,5 @@ def _guard(tensors: list[Tensor]) -> Callable[[list[Tensor]], bool]:
 
 
 def _describe(tensors: list[Tensor]) -> list[tuple]:
-    return [(type(t), t.layout, t.layout == torch.strided and (t.dtype, t.device, t.shape, t.stride())) for t in tensors]
+    return [(type(t), isinstance(t, Tensor) and t.layout == torch.strided and (t.dtype, t.device, t.shape, t.stride()))
+            for t in tensors]

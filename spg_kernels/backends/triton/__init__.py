@@ -5,10 +5,10 @@ Importing it imports no Triton and probes no device.
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import numpy
 import torch
-from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from .plans import INTERPRETED, PLANS  # noqa: F401  (PLANS is part of what a backend offers)
@@ -48,34 +48,12 @@ def describe() -> str:
     return f"triton {triton.__version__} on {', '.join(names)}"
 
 
-# The kernels are imported with their first call.
+_ROOMS = {"accumulate_importance_": "importance", "soft_mask_": "elementwise", "update_mask_": "elementwise",
+          "masked_sgd_": "steps", "masked_adamw_": "steps"}
 
 
-def accumulate_importance_(*arguments) -> Tensor:
-    from .importance import accumulate_importance_ as run
-
-    return run(*arguments)
-
-
-def soft_mask_(*arguments) -> None:
-    from .elementwise import soft_mask_ as run
-
-    run(*arguments)
-
-
-def update_mask_(*arguments) -> None:
-    from .elementwise import update_mask_ as run
-
-    run(*arguments)
-
-
-def masked_sgd_(*arguments, **settings) -> None:
-    from .steps import masked_sgd_ as run
-
-    run(*arguments, **settings)
-
-
-def masked_adamw_(*arguments, **settings) -> None:
-    from .steps import masked_adamw_ as run
-
-    run(*arguments, **settings)
+def __getattr__(name: str) -> Callable:
+    """An operator's function, from the room of its kernels: they are imported with their first use."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)

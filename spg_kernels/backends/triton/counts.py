@@ -48,6 +48,7 @@ def apart(place: launch.Place, counts: array) -> tuple[Tensor, float]:
     Counts advance together, so the differences stay in the cache and only a plain argument changes from step to step.
     """
     first = counts[0]
-    differences = () if counts[:1] * len(counts) == counts else tuple(count - first for count in counts)
+    are_equal = (counts[:1] * len(counts)).tobytes() == counts.tobytes()  # an array compares its floats one by one
+    differences = () if are_equal else tuple(count - first for count in counts)
     return launch.cached(place, ("apart", len(counts), differences), lambda: torch.tensor(
         differences or [0.0] * len(counts), dtype=torch.float32, device="cpu")), first + 1

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tensors import Lists
 from . import launch, plans
 
 CHUNK = 16384
@@ -147,24 +146,30 @@ def update_mask_kernel(parameters, old_params, gammas, keeps, chunks, items, PAR
             _update_mask_block(param, old, gamma, whole + lanes, count, one_value, value, keeps, True)
 
 
+def arguments(place: launch.Place, piece: plans.Piece, columns: tuple[plans.Words, ...], chunk: int,
+              after: tuple) -> launch.Arguments:
+    """What every kernel takes for these lists of a piece, and where it finds 1 - gamma and its chunks."""
+    pieces, items = launch.chunks(place, piece.sizes, chunk, piece.one_value)
+    tables = [launch.table(place, column) for column in columns]
+    return launch.Arguments(items, (*tables, launch.cached(place, ("keep",), keep_table), pieces, items), after)
+
+
 def _mask(kernel, launches: plans.Launches, addresses: array) -> None:
     for piece in launches.pieces(addresses):
         group = piece.group
+        if not any(piece.sizes):
+            continue
+        width = vector(group.dtype, group.gamma)
+        after = (ELEMENT[group.dtype], ELEMENT[group.gamma], piece.aligned, width, launch.THREADS * width * VECTORS)
         with launch.on(group.device):
             place = launch.here(group.device)
-            chunks, items = launch.chunks(place, piece.sizes, CHUNK, piece.one_value)
-            if items:
-                width = vector(group.dtype, group.gamma)
-                kernel[(launch.programs(place, items),)](
-                    *(launch.table(place, column) for column in piece.columns), launch.cached(place, ("keep",), keep_table),
-                    chunks, items, ELEMENT[group.dtype], ELEMENT[group.gamma], piece.aligned,
-                    width, launch.THREADS * width * VECTORS, num_warps=launch.warps(group.device),
-                    enable_fp_fusion=launch.FP_FUSION)
+            launch.run(kernel, place, piece.prepared, (), (),
+                       lambda: arguments(place, piece, piece.columns, CHUNK, after))
 
 
-def soft_mask_(launches: plans.Launches, addresses: array, lists: Lists) -> None:
+def soft_mask_(launches: plans.Launches, addresses: array) -> None:
     _mask(soft_mask_kernel, launches, addresses)
 
 
-def update_mask_(launches: plans.Launches, addresses: array, lists: Lists) -> None:
+def update_mask_(launches: plans.Launches, addresses: array) -> None:
     _mask(update_mask_kernel, launches, addresses)

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tensors import Lists
 from . import launch, plans
 
 # What a work item asks for; the host builds items as tile << 32 | tensor << 2 | kind.
@@ -376,13 +375,12 @@ def _accumulate(piece: plans.Piece, finite: Tensor) -> None:
             **kernel_constants(group.dtype, group.gamma, piece.aligned, tiling), **options)
 
 
-def accumulate_importance_(launches: plans.Launches, addresses: array, lists: Lists) -> Tensor:
+def accumulate_importance_(launches: plans.Launches, addresses: array) -> Tensor:
     """gamma <- max(gamma, a), in place. Returns a bool per tensor: False where a gradient is not finite, gamma untouched."""
-    _, grads = lists
-    flags = {group.device: torch.empty(len(grads), dtype=torch.uint8, device=group.device) for group in launches.groups}
+    flags = {group.device: torch.empty(launches.count, dtype=torch.uint8, device=group.device) for group in launches.groups}
     for piece in launches.pieces(addresses):
         _accumulate(piece, flags[piece.group.device])
-    finite = flags[grads[0].device].view(torch.bool)
+    finite = next(iter(flags.values())).view(torch.bool)
     for group in launches.groups:
         if group.device != finite.device:
             finite[list(group.indices)] = flags[group.device].view(torch.bool)[list(group.indices)].to(finite.device)

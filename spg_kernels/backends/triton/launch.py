@@ -7,8 +7,8 @@ their content, so a step whose tensors stay where they are copies nothing to the
 import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ def here(device: torch.device) -> Place:
     """The current stream of `device`; call it once a call."""
     if device.type == "cpu":
         return Place(device, 0, False)
-    return Place(device, torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing())
+    # As Triton asks for the stream: torch.cuda.current_stream makes an object of it first.
+    return Place(device, torch._C._cuda_getCurrentRawStream(device.index), torch.cuda.is_current_stream_capturing())
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -185,3 +186,35 @@ def programs(place: Place, items: int) -> int:
     if place.device.type == "cpu":
         return min(INTERPRETER_PROGRAMS, items)
     return min(_multiprocessors(place.device) * PROGRAMS_PER_MULTIPROCESSOR, items)
+
+
+class Arguments(NamedTuple):
+    """What a launch takes: the pieces of work, the arguments before and after those that change from call to call."""
+
+    items: int
+    before: tuple
+    after: tuple
+
+
+def run(kernel, place: Place, prepared: dict[Hashable, tuple[Any, Arguments]], kind: tuple, values: tuple,
+        prepare: Callable[[], Arguments]) -> None:
+    """Launch `kernel` with (*before, *values, *after), and keep in `prepared` what the next launch of this `kind` can use.
+
+    Triton looks at every argument in every launch, to find the kernel that it compiled for arguments like these. That takes
+    longer than the launch, and so do the tables that `prepare` looks up.
+
+    Args:
+        prepared: of one kernel and one set of addresses.
+        kind: all that the compiled kernel and `prepare` depend on besides: compile-time arguments, types in `values`.
+    """
+    key = place.stream, *kind
+    known = None if place.capturing else prepared.get(key)
+    compiled, arguments = known or (None, prepare())
+    grid = max(programs(place, arguments.items), 1), 1, 1
+    if compiled is not None:
+        compiled[grid](*arguments.before, *values, *arguments.after)
+        return
+    compiled = kernel[grid](*arguments.before, *values, *arguments.after, num_warps=warps(place.device),
+                            enable_fp_fusion=FP_FUSION)
+    if compiled is not None and not place.capturing:  # the interpreter compiles nothing
+        prepared[key] = compiled, arguments

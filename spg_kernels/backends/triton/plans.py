@@ -52,6 +52,7 @@ class Piece(NamedTuple):
     columns: tuple[Words, ...]
     sizes: Words
     one_value: tuple[int, ...]
+    prepared: dict  # what `launch.run` keeps
 
 
 class Launches:
@@ -60,12 +61,21 @@ class Launches:
     def __init__(self, op: str, named: dict[str, list[Tensor]]):
         self.gammas = LISTS[op].index("gammas")
         self.lengths = [len(named.get(name, ())) for name in LISTS[op]]
+        self.count = max(self.lengths)
         self.groups = _groups(op, named)
         self._pieces: OrderedDict[bytes, list[Piece]] = OrderedDict()
+        self._last: tuple[bytes, list[Piece]] = b"", []
 
     def pieces(self, addresses: array) -> list[Piece]:
         """The launches of a call with tensors at these addresses."""
         key = addresses.tobytes()
+        last, pieces = self._last
+        if key != last:  # or it would be hashed, which takes longer than to compare it
+            pieces = self._look_up(key, addresses)
+            self._last = key, pieces
+        return pieces
+
+    def _look_up(self, key: bytes, addresses: array) -> list[Piece]:
         pieces = self._pieces.get(key)
         if pieces is None:
             pieces = self._pieces[key] = self._cut(addresses)
@@ -88,7 +98,7 @@ class Launches:
             found += [Piece(group, tuple(group.indices[k] for k in part), aligned,
                             tuple(Words(column[k] for k in part if column) for column in own),
                             Words(group.sizes[k] for k in part),
-                            tuple(j for j, k in enumerate(part) if k in group.one_value))
+                            tuple(j for j, k in enumerate(part) if k in group.one_value), {})
                       for aligned, part in parts.items()]
         return found
 

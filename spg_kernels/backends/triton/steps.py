@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tensors import Lists
 from . import counts, launch, plans
-from .elementwise import ELEMENT, address, blend, keep_table, load, load_keep, locate, one_value_keep, scale, store, vector
+from .elementwise import ELEMENT, address, arguments, blend, load, load_keep, locate, one_value_keep, scale, store, vector
 
 CHUNK = 8192
 
@@ -100,6 +99,19 @@ def masked_sgd_kernel(parameters, grads, gammas, buffers, keeps, chunks, items, 
 
 
 @triton.jit
+def _increment(steps, tensors, found_inf, LANES: tl.constexpr):
+    """One more for every step count, whose addresses `steps` holds; nothing if a GradScaler has found an inf."""
+    taken = 1.0
+    if found_inf is not None:
+        taken = tl.where(tl.load(found_inf) == 0, 1.0, 0.0)
+    lane = tl.arange(0, LANES)
+    for first in range(0, tensors, LANES):
+        wanted = first + lane < tensors
+        step = tl.load(steps + first + lane, mask=wanted, other=0).to(tl.pointer_type(tl.float32))
+        tl.store(step, tl.load(step, mask=wanted, other=0) + taken, mask=wanted)
+
+
+@triton.jit
 def _one_minus_power(log_beta, step):
     """1 - beta^step from log(beta), to float32's precision also where beta^step is close to 1.
 
@@ -139,10 +151,10 @@ def _adamw_block(param, grad, gamma, exp_avg, exp_avg_sq, max_exp_avg_sq, offset
     store(param, offsets, new, count, MASKED)
 
 
-@triton.jit(do_not_specialize=["items", "lr", "grad_scale", "found_inf"])
-def masked_adamw_kernel(parameters, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, keeps, chunks, items, lr,
+@triton.jit(do_not_specialize=["items", "lr", "grad_scale", "found_inf", "tensors"])
+def masked_adamw_kernel(parameters, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, keeps, chunks, items, steps, lr,
                         ahead, log_beta1, log_beta2, beta2, rest1, rest2, eps, weight_decay, sign, grad_scale, found_inf,
-                        PARAM: tl.constexpr, GAMMA: tl.constexpr, STATE: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
+                        tensors, control, PARAM: tl.constexpr, GAMMA: tl.constexpr, STATE: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
                         STEPS_ON_HOST: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
                         GRADIENT_MASK: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
@@ -178,64 +190,70 @@ def masked_adamw_kernel(parameters, grads, gammas, exp_avgs, exp_avg_sqs, max_ex
             _adamw_block(param, grad, gamma, exp_avg, exp_avg_sq, max_exp_avg_sq, whole + lanes, count, one_value, value,
                          keeps, step_size, root_correction, decay, weight_decay, beta2, rest1, rest2, eps, factor, DECOUPLED,
                          AMSGRAD, GRADIENT_MASK, True)
+    if not STEPS_ON_HOST:
+        # Every program reads the counts as they were: whoever is last out has them take their step.
+        tl.debug_barrier()
+        if tl.atomic_add(control, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.store(control, 0)
+            _increment(steps, tensors, found_inf, BLOCK // VECTOR)  # one a thread: no register moves to another
 
 
-def _rate(lr: float | Tensor, device: torch.device) -> tuple[float | Tensor, bool]:
-    """What a kernel takes for the learning rate, and whether it must read it from the device."""
+def _rate(lr: float | Tensor, device: torch.device) -> tuple[float | Tensor, torch.dtype | None]:
+    """What a kernel takes for the learning rate, and of what dtype it must read it from the device, if it must."""
     if not isinstance(lr, Tensor) or lr.device != device:
-        return float(lr), False
-    return lr, True
+        return float(lr), None
+    return lr, lr.dtype
 
 
-def masked_sgd_(launches: plans.Launches, addresses: array, lists: Lists, *, lr, momentum=0.0, dampening=0.0,
-                weight_decay=0.0, nesterov=False, maximize=False, is_first_step=False, mask="update", grad_scale=None,
-                found_inf=None) -> None:
+def masked_sgd_(launches: plans.Launches, addresses: array, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0,
+                nesterov=False, maximize=False, is_first_step=False, mask="update", grad_scale=None, found_inf=None) -> None:
     for piece in launches.pieces(addresses):
         group = piece.group
+        if not any(piece.sizes):
+            continue
+        rate, lr_dtype = _rate(lr, group.device)
+        flags = lr_dtype is not None, bool(is_first_step), bool(nesterov), mask == "gradient", bool(momentum)
+        values = (rate, float(momentum), float(1 - dampening), float(weight_decay), -1.0 if maximize else 1.0,
+                  _moved(grad_scale, group.device), _moved(found_inf, group.device))
         with launch.on(group.device):
             place = launch.here(group.device)
-            chunks, items = launch.chunks(place, piece.sizes, CHUNK, piece.one_value)
-            if not items:
-                continue
-            rate, lr_on_device = _rate(lr, group.device)
-            width = vector(group.dtype, group.gamma, group.state)
-            tables = [launch.table(place, column) for column in piece.columns]
-            masked_sgd_kernel[(launch.programs(place, items),)](
-                *tables, launch.cached(place, ("keep",), keep_table), chunks, items, rate, float(momentum),
-                float(1 - dampening), float(weight_decay), -1.0 if maximize else 1.0, _moved(grad_scale, group.device),
-                _moved(found_inf, group.device), ELEMENT[group.dtype], ELEMENT[group.gamma], ELEMENT[group.state],
-                lr_on_device, bool(is_first_step), bool(nesterov), mask == "gradient", bool(momentum), piece.aligned, width,
-                launch.THREADS * width, num_warps=launch.warps(group.device), enable_fp_fusion=launch.FP_FUSION)
+            launch.run(masked_sgd_kernel, place, piece.prepared, (flags, lr_dtype, grad_scale is None, found_inf is None), values,
+                       lambda: arguments(place, piece, piece.columns, CHUNK, _constants(piece, flags)))
 
 
-def masked_adamw_(launches: plans.Launches, addresses: array, lists: Lists, *, lr, beta1=0.9, beta2=0.999, eps=1e-8,
-                  weight_decay=1e-2, decoupled=True, maximize=False, mask="update", grad_scale=None, found_inf=None) -> None:
-    *_, max_exp_avg_sqs, state_steps = lists
+def masked_adamw_(launches: plans.Launches, addresses: array, *, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2,
+                  decoupled=True, maximize=False, mask="update", grad_scale=None, found_inf=None) -> None:
     for piece in launches.pieces(addresses):
         group = piece.group
+        *columns, steps = piece.columns
+        rate, lr_dtype = _rate(lr, group.device)
+        flags = lr_dtype is not None, group.steps_on_host, bool(decoupled), bool(columns[-1]), mask == "gradient"
         with launch.on(group.device):
             place = launch.here(group.device)
-            chunks, items = launch.chunks(place, piece.sizes, CHUNK, piece.one_value)
-            before = counts.read(place, piece.columns[-1]) if group.steps_on_host else None
-            if items:
-                steps, ahead = counts.apart(place, before) if before else (launch.table(place, piece.columns[-1]), 1.0)
-                rate, lr_on_device = _rate(lr, group.device)
-                width = vector(group.dtype, group.gamma, group.state)
-                tables = [launch.table(place, column) for column in piece.columns[:-1]]
-                masked_adamw_kernel[(launch.programs(place, items),)](
-                    *tables, steps, launch.cached(place, ("keep",), keep_table), chunks, items, rate, ahead, _log(beta1),
-                    _log(beta2), float(beta2), float(1 - beta1), float(1 - beta2), float(eps), float(weight_decay),
-                    -1.0 if maximize else 1.0, _moved(grad_scale, group.device), _moved(found_inf, group.device),
-                    ELEMENT[group.dtype], ELEMENT[group.gamma], ELEMENT[group.state], lr_on_device, group.steps_on_host,
-                    bool(decoupled), bool(max_exp_avg_sqs), mask == "gradient", piece.aligned, width, launch.THREADS * width,
-                    num_warps=launch.warps(group.device), enable_fp_fusion=launch.FP_FUSION)
+            before = counts.read(place, steps) if group.steps_on_host else None
+            if before:
+                table, ahead = counts.apart(place, before)
+                control = None
+            else:
+                table, ahead = launch.table(place, steps), 1.0
+                control = launch.workspace(place, "steps", 1)
+            values = (table, rate, ahead, _log(beta1), _log(beta2), float(beta2), float(1 - beta1), float(1 - beta2), float(eps),
+                      float(weight_decay), -1.0 if maximize else 1.0, _moved(grad_scale, group.device),
+                      _moved(found_inf, group.device), len(piece.sizes), control)
+            if control is not None or any(piece.sizes):
+                launch.run(masked_adamw_kernel, place, piece.prepared, (flags, lr_dtype, grad_scale is None, found_inf is None),
+                           values, lambda: arguments(place, piece, tuple(columns), CHUNK, _constants(piece, flags)))
         # The kernel took the step ahead: whatever raises above leaves the counts as they were.
         if before and not found_inf:  # which waits for the device: counts on the host have no other way to know
-            counts.increment(piece.columns[-1])
-    for group in launches.groups:
-        if not group.steps_on_host:
-            taken = 1.0 if found_inf is None else (_moved(found_inf, group.device).reshape(()) == 0).float()
-            torch._foreach_add_([state_steps[i] for i in group.indices], taken)
+            counts.increment(steps)
+
+
+def _constants(piece: plans.Piece, flags: tuple[bool, ...]) -> tuple:
+    """The compile-time arguments, which end every kernel's."""
+    group = piece.group
+    width = vector(group.dtype, group.gamma, group.state)
+    return (ELEMENT[group.dtype], ELEMENT[group.gamma], ELEMENT[group.state], *flags, piece.aligned, width,
+            launch.THREADS * width)
 
 
 def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
