@@ -106,8 +106,8 @@ class FusedStep:
 
     def _take_again(self, inner: Optimizer, common: dict) -> bool:
         """The step with the last one's kernels, if they take the tensors that there are now."""
-        calls = self._calls(inner)
-        if len(calls) != len(self._kernels) or any(map(_is_first, calls)):
+        calls = self._calls(inner) if self._kernels else []
+        if not calls or len(calls) != len(self._kernels) or any(map(_is_first, calls)):
             return False
         addresses = [kernel.plan.locate(call.lists) for kernel, call in zip(self._kernels, calls)]
         if not all(addresses):

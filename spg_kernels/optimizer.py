@@ -2,15 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from functools import partial, wraps
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import fused, generic, ops
 from .files import check_tasks
+from .hooks import hooked
 from .importance import Importance, as_named
 from .measuring import Interrupted, measure
 from .state import KEY, SCALER, TASKS, State, initialize, recover_codes, without_importance
@@ -20,23 +20,6 @@ def _of_inner(name: str) -> property:
     """An attribute that is the inner optimizer's own, to read, set and delete."""
     return property(lambda self: getattr(self.inner, name), lambda self, value: setattr(self.inner, name, value),
                     lambda self: delattr(self.inner, name))
-
-
-def _hooked(step: Callable) -> Callable:
-    """`step` in torch's own wrapper, which calls its hooks and names it to a profiler, wherever there is one of either.
-
-    Where there is none that wrapper takes longer than the step of a small model: after a pass over a model 0.2 ms.
-    """
-    in_wrapper = Optimizer.profile_hook_step(step)
-
-    @wraps(step)
-    def hooked(self, *args, **kwargs):
-        is_watched = (_global_optimizer_pre_hooks or _global_optimizer_post_hooks or self._optimizer_step_pre_hooks
-                      or self._optimizer_step_post_hooks or torch.compiler.is_compiling() or torch.autograd._profiler_enabled())
-        return in_wrapper(self, *args, **kwargs) if is_watched else step(self, *args, **kwargs)
-
-    hooked.hooked = True  # what torch leaves as it is
-    return hooked
 
 
 class SPGOptimizer(Optimizer):
@@ -214,7 +197,7 @@ class SPGOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)
 
-    @_hooked
+    @hooked
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One masked step of the inner optimizer; unmasked until importance was measured. Leaves every `.grad` as it was.
 

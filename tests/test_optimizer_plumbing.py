@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import spg_kernels
 from spg_kernels import Importance, NonFiniteGradientError, SPGOptimizer
@@ -67,6 +67,42 @@ def test_hooks_fire_once_and_see_masked_parameters(net, gamma, on):
     handle.remove()
     assert calls == ["inner pre", ("post", bool(gamma)), "global post"]
     assert [e.name for e in profile.events() if e.name.startswith("Optimizer.step")] == ["Optimizer.step#SPGOptimizer.step"]
+
+
+@pytest.mark.dropin(line=15)
+@pytest.mark.parametrize("gamma", [None, 0.5])
+@pytest.mark.parametrize("register", [lambda opt, hook: opt.register_step_pre_hook(hook),
+                                      lambda opt, hook: opt.register_step_post_hook(hook),
+                                      lambda _, hook: register_optimizer_step_pre_hook(hook),
+                                      lambda _, hook: register_optimizer_step_post_hook(hook)], ids=range(4))
+def test_hooks_come_and_go_and_get_what_torch_gives_them(net, register, gamma):
+    def calls(optimizer):
+        seen = []
+
+        def hook(*arguments):
+            seen.append(arguments)
+
+        closure = closure_for(net, torch.randn(8, 10))
+        optimizer.step()
+        handle = register(optimizer, hook)
+        for step in (lambda: optimizer.step(), lambda: optimizer.step(closure), lambda: optimizer.step(closure=closure)):
+            step()
+        handle.remove()
+        optimizer.step()
+        return [(own is optimizer, args[0] is optimizer, len(args), list(kwargs)) for own, args, kwargs in seen]
+
+    set_gradients(net.parameters())
+    wrapped = wrap(net, "AdamW", gamma)
+    expected = calls(INNER["AdamW"](net.parameters()))
+    assert calls(wrapped) == expected and len(expected) == 3
+
+
+@pytest.mark.dropin(line=15)
+def test_a_hook_that_gives_other_arguments_is_heard(net):
+    optimizer = wrap(net, "AdamW", 0.5)
+    optimizer.register_step_pre_hook(lambda own, args, kwargs: ((own, lambda: torch.tensor(7.0)), {}))
+    set_gradients(net.parameters())
+    assert optimizer.step().item() == 7
 
 
 @pytest.mark.dropin(line=15)
