@@ -227,11 +227,11 @@ def test_step_counts_on_the_device_give_the_same_step(monkeypatch, count, found)
 
 
 @pytest.mark.parametrize("shapes", [[(40, 30)] + [(2,)] * 300, [(0,)] * 3, [(20000,), (0,), (5,)]], ids=["many", "empty", "mixed"])
-def test_the_last_program_out_takes_every_count_on_the_device_one_further(monkeypatch, shapes):
+def test_every_count_on_the_device_is_taken_one_further(monkeypatch, shapes):
     lists = inputs("masked_adamw_", torch.float32, torch.float32, "float32", shapes)
     monkeypatch.setattr(plans, "on_host", lambda step: False)
     monkeypatch.setattr(plans.PLANS, "_plans", {})
-    seen = launches(monkeypatch, steps, "masked_adamw_kernel")
+    seen = launches(monkeypatch, steps, "increment_kernel")
     for call, programs in enumerate((None, 1, 7), start=1):
         monkeypatch.setattr(launch, "programs_override", programs)
         spg_kernels.masked_adamw_(*lists, lr=0.1, backend="triton")

@@ -204,13 +204,13 @@ def run(kernel, place: Place, prepared: dict[Hashable, tuple[Any, Arguments]], k
     longer than the launch, and so do the tables that `prepare` looks up.
 
     Args:
-        prepared: of one kernel and one set of addresses.
-        kind: all that the compiled kernel and `prepare` depend on besides: compile-time arguments, types in `values`.
+        prepared: of one set of addresses.
+        kind: all that the compiled kernel and `prepare` depend on besides: which kernel, compile-time arguments, types in `values`.
     """
     key = place.stream, *kind
     known = None if place.capturing else prepared.get(key)
     compiled, arguments = known or (None, prepare())
-    grid = max(programs(place, arguments.items), 1), 1, 1
+    grid = programs(place, arguments.items), 1, 1
     if compiled is not None:
         compiled[grid](*arguments.before, *values, *arguments.after)
         return

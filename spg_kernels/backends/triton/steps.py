@@ -99,19 +99,6 @@ def masked_sgd_kernel(parameters, grads, gammas, buffers, keeps, chunks, items, 
 
 
 @triton.jit
-def _increment(steps, tensors, found_inf, LANES: tl.constexpr):
-    """One more for every step count, whose addresses `steps` holds; nothing if a GradScaler has found an inf."""
-    taken = 1.0
-    if found_inf is not None:
-        taken = tl.where(tl.load(found_inf) == 0, 1.0, 0.0)
-    lane = tl.arange(0, LANES)
-    for first in range(0, tensors, LANES):
-        wanted = first + lane < tensors
-        step = tl.load(steps + first + lane, mask=wanted, other=0).to(tl.pointer_type(tl.float32))
-        tl.store(step, tl.load(step, mask=wanted, other=0) + taken, mask=wanted)
-
-
-@triton.jit
 def _one_minus_power(log_beta, step):
     """1 - beta^step from log(beta), to float32's precision also where beta^step is close to 1.
 
@@ -151,10 +138,10 @@ def _adamw_block(param, grad, gamma, exp_avg, exp_avg_sq, max_exp_avg_sq, offset
     store(param, offsets, new, count, MASKED)
 
 
-@triton.jit(do_not_specialize=["items", "lr", "grad_scale", "found_inf", "tensors"])
+@triton.jit(do_not_specialize=["items", "lr", "grad_scale", "found_inf"])
 def masked_adamw_kernel(parameters, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, keeps, chunks, items, steps, lr,
                         ahead, log_beta1, log_beta2, beta2, rest1, rest2, eps, weight_decay, sign, grad_scale, found_inf,
-                        tensors, control, PARAM: tl.constexpr, GAMMA: tl.constexpr, STATE: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
+                        PARAM: tl.constexpr, GAMMA: tl.constexpr, STATE: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
                         STEPS_ON_HOST: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
                         GRADIENT_MASK: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
@@ -190,12 +177,20 @@ def masked_adamw_kernel(parameters, grads, gammas, exp_avgs, exp_avg_sqs, max_ex
             _adamw_block(param, grad, gamma, exp_avg, exp_avg_sq, max_exp_avg_sq, whole + lanes, count, one_value, value,
                          keeps, step_size, root_correction, decay, weight_decay, beta2, rest1, rest2, eps, factor, DECOUPLED,
                          AMSGRAD, GRADIENT_MASK, True)
-    if not STEPS_ON_HOST:
-        # Every program reads the counts as they were: whoever is last out has them take their step.
-        tl.debug_barrier()
-        if tl.atomic_add(control, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            tl.store(control, 0)
-            _increment(steps, tensors, found_inf, BLOCK // VECTOR)  # one a thread: no register moves to another
+
+@triton.jit(do_not_specialize=["tensors", "found_inf"])
+def increment_kernel(steps, tensors, found_inf, LANES: tl.constexpr):
+    """One more for every step count, whose addresses `steps` holds; nothing if a GradScaler has found an inf.
+
+    A launch of its own: programs of the step read the counts, and the wait for the last of them costs each 8 to 16 registers.
+    """
+    taken = 1.0
+    if found_inf is not None:
+        taken = tl.where(tl.load(found_inf) == 0, 1.0, 0.0)
+    for first in range(tl.program_id(0) * LANES, tensors, tl.num_programs(0) * LANES):
+        index = first + tl.arange(0, LANES)
+        step = tl.load(steps + index, mask=index < tensors, other=0).to(tl.pointer_type(tl.float32))
+        tl.store(step, tl.load(step, mask=index < tensors, other=0) + taken, mask=index < tensors)
 
 
 def _rate(lr: float | Tensor, device: torch.device) -> tuple[float | Tensor, torch.dtype | None]:
@@ -228,24 +223,23 @@ def masked_adamw_(launches: plans.Launches, addresses: array, *, lr, beta1=0.9, 
         *columns, steps = piece.columns
         rate, lr_dtype = _rate(lr, group.device)
         flags = lr_dtype is not None, group.steps_on_host, bool(decoupled), bool(columns[-1]), mask == "gradient"
+        scale, skip = _moved(grad_scale, group.device), _moved(found_inf, group.device)
         with launch.on(group.device):
             place = launch.here(group.device)
             before = counts.read(place, steps) if group.steps_on_host else None
-            if before:
-                table, ahead = counts.apart(place, before)
-                control = None
-            else:
-                table, ahead = launch.table(place, steps), 1.0
-                control = launch.workspace(place, "steps", 1)
+            table, ahead = counts.apart(place, before) if before else (launch.table(place, steps), 1.0)
             values = (table, rate, ahead, _log(beta1), _log(beta2), float(beta2), float(1 - beta1), float(1 - beta2), float(eps),
-                      float(weight_decay), -1.0 if maximize else 1.0, _moved(grad_scale, group.device),
-                      _moved(found_inf, group.device), len(piece.sizes), control)
-            if control is not None or any(piece.sizes):
+                      float(weight_decay), -1.0 if maximize else 1.0, scale, skip)
+            if any(piece.sizes):
                 launch.run(masked_adamw_kernel, place, piece.prepared, (flags, lr_dtype, grad_scale is None, found_inf is None),
                            values, lambda: arguments(place, piece, tuple(columns), CHUNK, _constants(piece, flags)))
-        # The kernel took the step ahead: whatever raises above leaves the counts as they were.
-        if before and not found_inf:  # which waits for the device: counts on the host have no other way to know
-            counts.increment(steps)
+            # The kernel took the step ahead: whatever raises above leaves the counts as they were.
+            if not before:
+                blocks = -(-len(steps) // launch.THREADS)
+                launch.run(increment_kernel, place, piece.prepared, ("steps", found_inf is None), (skip,),
+                           lambda: launch.Arguments(blocks, (table, len(steps)), (launch.THREADS,)))
+            elif not found_inf:  # which waits for the device: counts on the host have no other way to know
+                counts.increment(steps)
 
 
 def _constants(piece: plans.Piece, flags: tuple[bool, ...]) -> tuple:
