@@ -163,7 +163,7 @@ def _mask(kernel, launches: plans.Launches, addresses: array) -> None:
         after = (ELEMENT[group.dtype], ELEMENT[group.gamma], piece.aligned, width, launch.THREADS * width * VECTORS)
         with launch.on(group.device):
             place = launch.here(group.device)
-            launch.run(kernel, place, piece.prepared, (), (),
+            launch.run(kernel, place, piece.ready, (), (),
                        lambda: arguments(place, piece, piece.columns, CHUNK, after))
 
 

@@ -196,25 +196,33 @@ class Arguments(NamedTuple):
     after: tuple
 
 
-def run(kernel, place: Place, prepared: dict[Hashable, tuple[Any, Arguments]], kind: tuple, values: tuple,
-        prepare: Callable[[], Arguments]) -> None:
-    """Launch `kernel` with (*before, *values, *after), and keep in `prepared` what the next launch of this `kind` can use.
+class Ready(NamedTuple):
+    """A kernel as Triton compiled it, and its arguments, with addresses in the place of tensors."""
 
-    Triton looks at every argument in every launch, to find the kernel that it compiled for arguments like these. That takes
-    longer than the launch, and so do the tables that `prepare` looks up.
+    compiled: Any
+    arguments: Arguments
+    kept: tuple  # the tensors
+
+
+def run(kernel, place: Place, ready: dict[Hashable, Ready], kind: tuple, values: tuple, prepare: Callable[[], Arguments]) -> None:
+    """Launch `kernel` with (*before, *values, *after), and keep in `ready` what the next launch of this `kind` can use.
+
+    In every launch Triton looks at every argument, to find the kernel that it compiled for arguments like these, then asks
+    every tensor for its address, and the driver about that. It takes longer than the launch, and so do the tables that
+    `prepare` looks up.
 
     Args:
-        prepared: of one set of addresses.
+        ready: of one set of addresses.
         kind: all that the compiled kernel and `prepare` depend on besides: which kernel, compile-time arguments, types in `values`.
     """
     key = place.stream, *kind
-    known = None if place.capturing else prepared.get(key)
-    compiled, arguments = known or (None, prepare())
-    grid = programs(place, arguments.items), 1, 1
-    if compiled is not None:
-        compiled[grid](*arguments.before, *values, *arguments.after)
+    if not place.capturing and (known := ready.get(key)) is not None:
+        items, before, after = known.arguments
+        known.compiled[programs(place, items), 1, 1](*before, *values, *after)
         return
-    compiled = kernel[grid](*arguments.before, *values, *arguments.after, num_warps=warps(place.device),
-                            enable_fp_fusion=FP_FUSION)
+    items, before, after = prepare()
+    compiled = kernel[programs(place, items), 1, 1](*before, *values, *after, num_warps=warps(place.device),
+                                                    enable_fp_fusion=FP_FUSION)
     if compiled is not None and not place.capturing:  # the interpreter compiles nothing
-        prepared[key] = compiled, arguments
+        addresses = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in before)
+        ready[key] = Ready(compiled, Arguments(items, addresses, after), before)

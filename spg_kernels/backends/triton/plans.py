@@ -52,7 +52,7 @@ class Piece(NamedTuple):
     columns: tuple[Words, ...]
     sizes: Words
     one_value: tuple[int, ...]
-    prepared: dict  # what `launch.run` keeps
+    ready: dict  # what `launch.run` keeps
 
 
 class Launches:

@@ -178,6 +178,7 @@ def masked_adamw_kernel(parameters, grads, gammas, exp_avgs, exp_avg_sqs, max_ex
                          keeps, step_size, root_correction, decay, weight_decay, beta2, rest1, rest2, eps, factor, DECOUPLED,
                          AMSGRAD, GRADIENT_MASK, True)
 
+
 @triton.jit(do_not_specialize=["tensors", "found_inf"])
 def increment_kernel(steps, tensors, found_inf, LANES: tl.constexpr):
     """One more for every step count, whose addresses `steps` holds; nothing if a GradScaler has found an inf.
@@ -212,7 +213,7 @@ def masked_sgd_(launches: plans.Launches, addresses: array, *, lr, momentum=0.0,
                   _moved(grad_scale, group.device), _moved(found_inf, group.device))
         with launch.on(group.device):
             place = launch.here(group.device)
-            launch.run(masked_sgd_kernel, place, piece.prepared, (flags, lr_dtype, grad_scale is None, found_inf is None), values,
+            launch.run(masked_sgd_kernel, place, piece.ready, (flags, lr_dtype, grad_scale is None, found_inf is None), values,
                        lambda: arguments(place, piece, piece.columns, CHUNK, _constants(piece, flags)))
 
 
@@ -231,12 +232,12 @@ def masked_adamw_(launches: plans.Launches, addresses: array, *, lr, beta1=0.9, 
             values = (table, rate, ahead, _log(beta1), _log(beta2), float(beta2), float(1 - beta1), float(1 - beta2), float(eps),
                       float(weight_decay), -1.0 if maximize else 1.0, scale, skip)
             if any(piece.sizes):
-                launch.run(masked_adamw_kernel, place, piece.prepared, (flags, lr_dtype, grad_scale is None, found_inf is None),
+                launch.run(masked_adamw_kernel, place, piece.ready, (flags, lr_dtype, grad_scale is None, found_inf is None),
                            values, lambda: arguments(place, piece, tuple(columns), CHUNK, _constants(piece, flags)))
             # The kernel took the step ahead: whatever raises above leaves the counts as they were.
             if not before:
                 blocks = -(-len(steps) // launch.THREADS)
-                launch.run(increment_kernel, place, piece.prepared, ("steps", found_inf is None), (skip,),
+                launch.run(increment_kernel, place, piece.ready, ("steps", found_inf is None), (skip,),
                            lambda: launch.Arguments(blocks, (table, len(steps)), (launch.THREADS,)))
             elif not found_inf:  # which waits for the device: counts on the host have no other way to know
                 counts.increment(steps)
