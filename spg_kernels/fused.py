@@ -58,7 +58,8 @@ class FusedStep:
     """The step of torch's SGD, Adam or AdamW as masked operator calls, one for each parameter group.
 
     Looking states, gammas and kernels up parameter by parameter takes longer than all else on the host, so what was found is
-    kept for as long as parameters, state dictionaries and gammas are the same objects. Tensors are read from them in every step.
+    kept for as long as parameters, state dictionaries and gammas are the same objects. Tensors are read from them in every
+    step.
     """
 
     def __init__(self):
@@ -73,19 +74,22 @@ class FusedStep:
              backend: str) -> bool:
         """One masked step of `inner`. False, with nothing done, where a backend must refuse."""
         importance.update_means()
-        scaler = {name: getattr(inner, name, None) for name in SCALER}
-        common = {"mask": mask, **scaler}
+        common = {"mask": mask, **{name: getattr(inner, name, None) for name in SCALER}}
         is_held = not torch.compiler.is_compiling() and self._holds(inner, importance)
         if is_held and self._backend == backend and self._take_again(inner, common):
             return True
-        if not (is_held and all(p.grad is not None for found in self._found for p in found.params)):
+        # Whether parameters still have the gradients that they had is seen here, or by the kernels that were to run again.
+        if not is_held or any(p.grad is None for found in self._found for p in found.params):
             self._find(inner, importance, gamma_of)
+        return self._take_anew(inner, common, backend)
+
+    def _take_anew(self, inner: Optimizer, common: dict, backend: str) -> bool:
         calls = self._calls(inner)
         if not calls:  # a GradScaler that saw no gradient has no tensors to give
             return True
-        check_scaler(**scaler)
+        _check_scaler(common)
         first = [call for call in calls if _is_first(call)]
-        if first and scaler["found_inf"]:
+        if first and common["found_inf"]:
             return True  # no step, and no momentum buffer yet: only this once the host must know, and waits for the device
         on_shards = calls
         if self._is_sharded:
@@ -112,7 +116,7 @@ class FusedStep:
         addresses = [kernel.plan.locate(call.lists) for kernel, call in zip(self._kernels, calls)]
         if not all(addresses):
             return False
-        check_scaler(**{name: common[name] for name in SCALER})
+        _check_scaler(common)
         for kernel, at, call in zip(self._kernels, addresses, calls):
             kernel.launch(at, call, common)
         return True
@@ -147,6 +151,10 @@ class FusedStep:
         self._is_sharded = any(map(distributed.is_dtensor, params))
         self._found, self._layout = found, importance.layout
         self._seen = [inner, inner.state, importance, *inner.state.values()]
+
+
+def _check_scaler(common: dict) -> None:
+    check_scaler(common["grad_scale"], common["found_inf"])
 
 
 def _is_first(call: ops.Call) -> bool:

@@ -1,12 +1,14 @@
 """The mask around the step of any optimizer, whatever it computes: on what it adds to the parameters, or on what it is given."""
 
 from collections.abc import Callable
+from itertools import compress
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import distributed, ops
+from .backends.tensors import PLAIN
 from .memory import check_disjoint
 from .state import SCALER
 
@@ -27,8 +29,11 @@ def update_masked_step(step: Callable, closure: Callable | None, parameters: lis
     moving = [p for p in parameters if p.requires_grad or p.grad is not None or closure is not None]
     gammas = [distributed.local(gamma_of(p)) for p in moving]
     values = moving if tracked else _values(moving)
-    with torch.enable_grad():  # for what autograd follows; the rest is detached
-        old = [p.clone() for p in values]
+    if tracked:
+        with torch.enable_grad():
+            old = [p.clone() for p in values]
+    else:
+        old = _copies(values)
     if moving and not torch.compiler.is_compiling():
         # Whatever refuses must do so before the inner step changes its state.
         ops.choose("update_mask_", (values, old, gammas), backend)
@@ -63,7 +68,8 @@ def gradient_masked_step(step: Callable, closure: Callable | None, parameters: l
             with torch.enable_grad():
                 masked = [ops.reference.scale(p.grad, gamma_of(p)) for p in with_grad]
         else:
-            masked = [_masked_copy(distributed.placed(p.grad, p), gamma_of(p), backend) for p in with_grad]
+            grads = [distributed.placed(p.grad.detach(), p) for p in with_grad]
+            masked = _masked_copies(grads, list(map(gamma_of, with_grad)), backend)
         for parameter, grad in zip(with_grad, masked):
             originals.append((parameter, parameter.grad))
             parameter.grad = grad
@@ -116,14 +122,37 @@ def _values(parameters: list[Tensor]) -> list[Tensor]:
     return [distributed.local(p).detach() for p in parameters]
 
 
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies in memory of their own: on a GPU in few launches, where `clone` takes one for each."""
+    plain = [type(tensor) in PLAIN and tensor.layout == torch.strided for tensor in tensors]
+    copies = [torch.empty_like(tensor) if own else tensor.clone() for tensor, own in zip(tensors, plain)]
+    if any(plain):
+        torch._foreach_copy_(list(compress(copies, plain)), list(compress(tensors, plain)))
+    return copies
+
+
 @torch.no_grad()
-def _masked_copy(grad: Tensor, gamma: Tensor, backend: str) -> Tensor:
-    """(1 - gamma) grad; of a sparse gradient, the elements it has."""
-    if grad.layout == torch.sparse_coo:
-        masked = grad.detach().coalesce().clone()
-        gamma = gamma if gamma.dim() == 0 else gamma[tuple(masked.indices())]
-        ops.soft_mask_([masked.values()], [gamma], backend=backend)
-        return masked
-    masked = grad.detach().clone()
-    ops.soft_mask_([distributed.local(masked)], [distributed.local(gamma)], backend=backend)
+def _masked_copies(grads: list[Tensor], gammas: list[Tensor], backend: str) -> list[Tensor]:
+    """(1 - gamma) grad for each; of a sparse gradient, the elements it has."""
+    masked = [grad.coalesce().clone() if grad.layout == torch.sparse_coo else None for grad in grads]
+    dense = [i for i, sparse in enumerate(masked) if sparse is None]
+    for i, copied in zip(dense, _copies([grads[i] for i in dense])):
+        masked[i] = copied
+    calls: dict[object, list[int]] = {}  # a kind of tensors a call: one that no kernel takes leaves the others their plan
+    for i, grad in enumerate(masked):
+        calls.setdefault((grad.device, grad.dtype) if grad.layout == torch.strided else i, []).append(i)
+    for call in calls.values():
+        factors = [_at_values_of(masked[i], gammas[i]) for i in call]
+        ops.soft_mask_([_values_of(masked[i]) for i in call], factors, backend=backend)
     return masked
+
+
+def _values_of(grad: Tensor) -> Tensor:
+    return grad.values() if grad.layout == torch.sparse_coo else distributed.local(grad)
+
+
+def _at_values_of(grad: Tensor, gamma: Tensor) -> Tensor:
+    """gamma of the elements that a gradient has."""
+    if grad.layout == torch.sparse_coo:
+        return gamma[tuple(grad.indices())] if gamma.dim() else gamma
+    return distributed.local(gamma)

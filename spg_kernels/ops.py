@@ -225,7 +225,8 @@ class Kernel(NamedTuple):
     plan: Plan
 
     def launch(self, addresses: array, call: Call, common: dict) -> None:
-        increment_version(call.lists[0])  # before, as in `_run`; of what a step writes, a graph can only have saved the parameters
+        # Before, as in `_run`; of what a step writes, a graph can only have saved the parameters.
+        increment_version(call.lists[0])
         self.function(self.plan.launch, addresses, **call.settings, **common)
 
 

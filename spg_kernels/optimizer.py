@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from . import fused, generic, ops
 from .files import check_tasks
-from .hooks import hooked
+from .hooks import watched
 from .importance import Importance, as_named
 from .measuring import Interrupted, measure
 from .state import KEY, SCALER, TASKS, State, initialize, recover_codes, without_importance
@@ -197,7 +197,7 @@ class SPGOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)
 
-    @hooked
+    @watched
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One masked step of the inner optimizer; unmasked until importance was measured. Leaves every `.grad` as it was.
 

@@ -98,6 +98,51 @@ def test_hooks_come_and_go_and_get_what_torch_gives_them(net, register, gamma):
 
 
 @pytest.mark.dropin(line=15)
+@pytest.mark.parametrize("watch", ["hook", "profiler", "profiler of all threads"])
+def test_a_step_of_a_subclass_is_seen_once(net, watch):
+    class Own(SPGOptimizer):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    optimizer = Own(INNER["AdamW"](net.parameters()), heads=net.heads)
+    set_gradients(net.parameters())
+    seen = []
+    if watch == "hook":
+        optimizer.register_step_post_hook(lambda *_: seen.append("Optimizer.step#Own.step"))
+        optimizer.step()
+    else:
+        seen = ranges(optimizer, watch)
+    assert seen == ["Optimizer.step#Own.step"]
+
+
+def ranges(optimizer, watch):
+    options = torch._C._profiler._ExperimentalConfig(profile_all_threads=watch == "profiler of all threads")
+    with torch.profiler.profile(experimental_config=options) as profile:
+        optimizer.step()
+    return [e.name for e in profile.events() if e.name.startswith("Optimizer.step")]
+
+
+@pytest.mark.dropin(line=15)
+def test_a_profiler_of_all_threads_sees_a_step_once(net):
+    optimizer = wrap(net, "AdamW", 0.5)
+    set_gradients(net.parameters())
+    assert ranges(optimizer, "profiler of all threads") == ["Optimizer.step#SPGOptimizer.step"]
+
+
+@pytest.mark.dropin(line=15)
+def test_a_hook_that_the_closure_registers_is_heard(net):
+    optimizer, calls = wrap(net, "AdamW", 0.5), []
+    set_gradients(net.parameters())
+
+    def closure():
+        optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+        return torch.tensor(1.0)
+
+    optimizer.step(closure)
+    assert calls == ["post"]
+
+
+@pytest.mark.dropin(line=15)
 def test_a_hook_that_gives_other_arguments_is_heard(net):
     optimizer = wrap(net, "AdamW", 0.5)
     optimizer.register_step_pre_hook(lambda own, args, kwargs: ((own, lambda: torch.tensor(7.0)), {}))

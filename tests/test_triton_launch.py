@@ -16,7 +16,8 @@ if os.environ.get("TRITON_INTERPRET"):
 
 import spg_kernels
 from spg_kernels import ops
-from spg_kernels.backends.triton import plans
+from spg_kernels.backends.tensors import addresses_of
+from spg_kernels.backends.triton import elementwise, launch, plans
 
 from .triton_aot import SM90
 from .triton_cases import CASES, fold, inputs
@@ -92,7 +93,7 @@ def test_a_launch_kept_ready_has_the_arguments_of_one_that_triton_looks_at(op, s
     """Also right after a call of another kind, with tensors where there were numbers and none where there were some."""
     lists = inputs(op, torch.float32, torch.float32, "8-bit", [(1000 * i + 16,) for i in range(1, 40)])
     others = {"lr": torch.tensor(0.5), "grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0), "mask": "gradient"}
-    kinds = [settings, {**settings, **others} if "lr" in settings else settings]
+    kinds = [settings, {**settings, **others}] if "lr" in settings else [settings]
     run = getattr(spg_kernels, op)
     for count in range(3):
         for kind in kinds:
@@ -102,8 +103,35 @@ def test_a_launch_kept_ready_has_the_arguments_of_one_that_triton_looks_at(op, s
     first, ready = driver.launched[:len(kinds)], driver.launched[2 * len(kinds):]
     for (name, grid, arguments), (ready_name, ready_grid, ready_arguments) in zip(first, ready, strict=True):
         assert (name, grid) == (ready_name, ready_grid) and len(arguments) == len(ready_arguments)
+        assert any(isinstance(argument, torch.Tensor) for argument in arguments[:2])
+        assert all(isinstance(argument, int) for argument in ready_arguments[:2]), "addresses of tables"
         for ours, expected in zip(ready_arguments, arguments):
             assert ours is expected or ours == (expected.data_ptr() if isinstance(expected, torch.Tensor) else expected)
+
+
+def test_tables_of_launches_kept_ready_stay_among_the_last_used(driver):
+    """Where the capture of a CUDA graph looks for them, which copies no large table itself."""
+    lists = inputs("soft_mask_", torch.float32, torch.float32, "8-bit", [(100,), (2000,)])
+    place = launch.here(torch.device("cpu"))
+    for i in range(40 * launch.READY_USES):
+        spg_kernels.soft_mask_(*lists, backend="triton")
+        launch.table(place, (i, -5))
+    monitored = [key for key in launch._tables[place.device] if key[:1] == ("chunks",) and key[2] == (100, 2000)]
+    assert len(monitored) == 1
+
+
+def test_a_launch_that_is_compiled_in_the_background_is_not_kept(driver, monkeypatch):
+    lists = inputs("soft_mask_", torch.float32, torch.float32, "8-bit", [(100,), (2000,)])
+
+    class Future:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: object()
+
+    monkeypatch.setattr(elementwise, "soft_mask_kernel", Future())
+    for _ in range(3):
+        spg_kernels.soft_mask_(*lists, backend="triton")
+    (piece,) = plans.PLANS.known("soft_mask_", lists)[0].launch.pieces(addresses_of(lists))
+    assert not piece.ready
 
 
 def test_importance_is_one_launch_and_other_tensors_compile_nothing(driver, compiled):

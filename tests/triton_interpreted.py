@@ -244,6 +244,20 @@ def test_auto_leaves_cpu_tensors_to_the_cpu_backends():
     assert ops.why_unavailable("triton") is None
 
 
+@pytest.mark.parametrize("mask, kernel", [("update", "update_mask_kernel"), ("gradient", "soft_mask_kernel")])
+@pytest.mark.filterwarnings("ignore:mask='gradient'")
+def test_the_mask_around_any_optimizer_is_one_launch(monkeypatch, mask, kernel):
+    params = [torch.randn(n, requires_grad=True) for n in (40, 7, 300)]
+    optimizer = spg_kernels.SPGOptimizer(torch.optim.RMSprop(params), heads=params[1], mask=mask, backend="triton")
+    for name in optimizer.importance:
+        optimizer.importance[name] = torch.ones_like(optimizer.importance[name])
+    for p in params:
+        p.grad = torch.randn_like(p)
+    before, seen = [p.detach().clone() for p in params], launches(monkeypatch, elementwise, kernel)
+    optimizer.step()
+    assert len(seen) == 1 and all(torch.equal(p, q) for p, q in zip(params, before))
+
+
 def test_an_optimizer_steps_through_the_kernels_and_logs_no_fallback(caplog, monkeypatch):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 9, 4))
     twin = [p.detach().clone().requires_grad_() for p in model.parameters()]

@@ -146,8 +146,8 @@ def update_mask_kernel(parameters, old_params, gammas, keeps, chunks, items, PAR
             _update_mask_block(param, old, gamma, whole + lanes, count, one_value, value, keeps, True)
 
 
-def arguments(place: launch.Place, piece: plans.Piece, columns: tuple[plans.Words, ...], chunk: int,
-              after: tuple) -> launch.Arguments:
+def launch_arguments(place: launch.Place, piece: plans.Piece, columns: tuple[plans.Words, ...], chunk: int,
+                     after: tuple) -> launch.Arguments:
     """What every kernel takes for these lists of a piece, and where it finds 1 - gamma and its chunks."""
     pieces, items = launch.chunks(place, piece.sizes, chunk, piece.one_value)
     tables = [launch.table(place, column) for column in columns]
@@ -164,7 +164,7 @@ def _mask(kernel, launches: plans.Launches, addresses: array) -> None:
         with launch.on(group.device):
             place = launch.here(group.device)
             launch.run(kernel, place, piece.ready, (), (),
-                       lambda: arguments(place, piece, piece.columns, CHUNK, after))
+                       lambda: launch_arguments(place, piece, piece.columns, CHUNK, after))
 
 
 def soft_mask_(launches: plans.Launches, addresses: array) -> None:

@@ -6,12 +6,14 @@ their content, so a step whose tensors stay where they are copies nothing to the
 
 import contextlib
 import functools
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 # Off, so that every operation rounds as in the reference and Triton's changing default cannot change bits.
 FP_FUSION = False
@@ -22,6 +24,8 @@ INTERPRETER_PROGRAMS = 3
 TABLES = 512
 # Words of pinned memory for tables that are first needed during the capture of a CUDA graph.
 CAPTURE_WORDS = 1 << 16
+READY_USES = 64
+READY_KINDS = 32  # of launches on one set of addresses
 
 # Tests set this to run any kernel with another number of programs.
 programs_override: int | None = None
@@ -199,30 +203,35 @@ class Arguments(NamedTuple):
 class Ready(NamedTuple):
     """A kernel as Triton compiled it, and its arguments, with addresses in the place of tensors."""
 
-    compiled: Any
+    compiled: CompiledKernel
     arguments: Arguments
     kept: tuple  # the tensors
+    uses: Iterator[int]
 
 
-def run(kernel, place: Place, ready: dict[Hashable, Ready], kind: tuple, values: tuple, prepare: Callable[[], Arguments]) -> None:
-    """Launch `kernel` with (*before, *values, *after), and keep in `ready` what the next launch of this `kind` can use.
+def run(kernel, place: Place, ready: dict[tuple, Ready], flags: tuple, values: tuple,
+        prepare: Callable[[], Arguments]) -> None:
+    """Launch `kernel` with (*before, *values, *after), and keep in `ready` what the next launch like it can use.
 
     In every launch Triton looks at every argument, to find the kernel that it compiled for arguments like these, then asks
     every tensor for its address, and the driver about that. It takes longer than the launch, and so do the tables that
-    `prepare` looks up.
+    `prepare` looks up. Only one launch in `READY_USES` goes that way, which keeps its tables among those last used.
 
     Args:
         ready: of one set of addresses.
-        kind: all that the compiled kernel and `prepare` depend on besides: which kernel, compile-time arguments, types in `values`.
+        flags: all that `prepare` depends on besides.
+        values: numbers and tensors; of these Triton may expect that they begin at 16 bytes, as what torch allocates does.
     """
-    key = place.stream, *kind
-    if not place.capturing and (known := ready.get(key)) is not None:
+    key = (place.stream, id(kernel), flags, *[value.dtype if isinstance(value, Tensor) else type(value) for value in values])
+    known = None if place.capturing else ready.get(key)
+    if known is not None and next(known.uses) < READY_USES:
         items, before, after = known.arguments
         known.compiled[programs(place, items), 1, 1](*before, *values, *after)
         return
     items, before, after = prepare()
     compiled = kernel[programs(place, items), 1, 1](*before, *values, *after, num_warps=warps(place.device),
                                                     enable_fp_fusion=FP_FUSION)
-    if compiled is not None and not place.capturing:  # the interpreter compiles nothing
+    # The interpreter compiles nothing, and there is no end to the streams of code that makes its own.
+    if isinstance(compiled, CompiledKernel) and not place.capturing and (key in ready or len(ready) < READY_KINDS):
         addresses = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in before)
-        ready[key] = Ready(compiled, Arguments(items, addresses, after), before)
+        ready[key] = Ready(compiled, Arguments(items, addresses, after), before, itertools.count())

@@ -13,7 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import counts, launch, plans
-from .elementwise import ELEMENT, address, arguments, blend, load, load_keep, locate, one_value_keep, scale, store, vector
+from .elementwise import (
+    ELEMENT,
+    address,
+    blend,
+    launch_arguments,
+    load,
+    load_keep,
+    locate,
+    one_value_keep,
+    scale,
+    store,
+    vector,
+)
 
 CHUNK = 8192
 
@@ -194,11 +206,11 @@ def increment_kernel(steps, tensors, found_inf, LANES: tl.constexpr):
         tl.store(step, tl.load(step, mask=index < tensors, other=0) + taken, mask=index < tensors)
 
 
-def _rate(lr: float | Tensor, device: torch.device) -> tuple[float | Tensor, torch.dtype | None]:
-    """What a kernel takes for the learning rate, and of what dtype it must read it from the device, if it must."""
+def _rate(lr: float | Tensor, device: torch.device) -> tuple[float | Tensor, bool]:
+    """What a kernel takes for the learning rate, and whether it must read it from the device."""
     if not isinstance(lr, Tensor) or lr.device != device:
-        return float(lr), None
-    return lr, lr.dtype
+        return float(lr), False
+    return lr, True
 
 
 def masked_sgd_(launches: plans.Launches, addresses: array, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0,
@@ -207,14 +219,14 @@ def masked_sgd_(launches: plans.Launches, addresses: array, *, lr, momentum=0.0,
         group = piece.group
         if not any(piece.sizes):
             continue
-        rate, lr_dtype = _rate(lr, group.device)
-        flags = lr_dtype is not None, bool(is_first_step), bool(nesterov), mask == "gradient", bool(momentum)
+        rate, lr_on_device = _rate(lr, group.device)
+        flags = lr_on_device, bool(is_first_step), bool(nesterov), mask == "gradient", bool(momentum)
         values = (rate, float(momentum), float(1 - dampening), float(weight_decay), -1.0 if maximize else 1.0,
                   _moved(grad_scale, group.device), _moved(found_inf, group.device))
         with launch.on(group.device):
             place = launch.here(group.device)
-            launch.run(masked_sgd_kernel, place, piece.ready, (flags, lr_dtype, grad_scale is None, found_inf is None), values,
-                       lambda: arguments(place, piece, piece.columns, CHUNK, _constants(piece, flags)))
+            launch.run(masked_sgd_kernel, place, piece.ready, flags, values,
+                       lambda: launch_arguments(place, piece, piece.columns, CHUNK, _constants(piece, flags)))
 
 
 def masked_adamw_(launches: plans.Launches, addresses: array, *, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2,
@@ -222,22 +234,24 @@ def masked_adamw_(launches: plans.Launches, addresses: array, *, lr, beta1=0.9, 
     for piece in launches.pieces(addresses):
         group = piece.group
         *columns, steps = piece.columns
-        rate, lr_dtype = _rate(lr, group.device)
-        flags = lr_dtype is not None, group.steps_on_host, bool(decoupled), bool(columns[-1]), mask == "gradient"
+        rate, lr_on_device = _rate(lr, group.device)
+        flags = lr_on_device, group.steps_on_host, bool(decoupled), bool(columns[-1]), mask == "gradient"
         scale, skip = _moved(grad_scale, group.device), _moved(found_inf, group.device)
         with launch.on(group.device):
             place = launch.here(group.device)
-            before = counts.read(place, steps) if group.steps_on_host else None
-            table, ahead = counts.apart(place, before) if before else (launch.table(place, steps), 1.0)
+            if group.steps_on_host:
+                table, ahead = counts.apart(place, counts.read(place, steps))
+            else:
+                table, ahead = launch.table(place, steps), 1.0
             values = (table, rate, ahead, _log(beta1), _log(beta2), float(beta2), float(1 - beta1), float(1 - beta2), float(eps),
                       float(weight_decay), -1.0 if maximize else 1.0, scale, skip)
             if any(piece.sizes):
-                launch.run(masked_adamw_kernel, place, piece.ready, (flags, lr_dtype, grad_scale is None, found_inf is None),
-                           values, lambda: arguments(place, piece, tuple(columns), CHUNK, _constants(piece, flags)))
+                launch.run(masked_adamw_kernel, place, piece.ready, flags, values,
+                           lambda: launch_arguments(place, piece, tuple(columns), CHUNK, _constants(piece, flags)))
             # The kernel took the step ahead: whatever raises above leaves the counts as they were.
-            if not before:
+            if not group.steps_on_host:
                 blocks = -(-len(steps) // launch.THREADS)
-                launch.run(increment_kernel, place, piece.ready, ("steps", found_inf is None), (skip,),
+                launch.run(increment_kernel, place, piece.ready, (), (skip,),
                            lambda: launch.Arguments(blocks, (table, len(steps)), (launch.THREADS,)))
             elif not found_inf:  # which waits for the device: counts on the host have no other way to know
                 counts.increment(steps)
