@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from spg_kernels import Importance, SPGOptimizer
+from spg_kernels import BackendError, Importance, SPGOptimizer
 from spg_kernels.backends import native
 
 from .models import Net, set_gradients
@@ -25,6 +25,12 @@ def _other_tensors_in_the_states(optimizer, net):
 def _emptied_states(optimizer, net):
     for state in list(optimizer.inner.state.values())[::2]:
         state.clear()
+
+
+def _no_momentum_yet(optimizer, net):
+    for state in list(optimizer.inner.state.values())[::2]:
+        if "momentum_buffer" in state:
+            state["momentum_buffer"] = None
 
 
 def _other_memory(optimizer, net):
@@ -96,7 +102,7 @@ def _another_inner_optimizer(optimizer, net):
     optimizer.inner = type(optimizer.inner)(net.parameters(), lr=0.02)
 
 
-CHANGES = [_other_states, _other_tensors_in_the_states, _emptied_states, _other_memory, _fewer_gradients,
+CHANGES = [_other_states, _other_tensors_in_the_states, _emptied_states, _no_momentum_yet, _other_memory, _fewer_gradients,
            _no_gradient_then_all, _settings, _loaded_checkpoint, _other_importance, _other_gammas,
            _other_parameters, _another_group, _another_inner_optimizer]
 
@@ -133,6 +139,18 @@ def test_nothing_is_looked_up_again_while_nothing_changes(net, monkeypatch):
     monkeypatch.setattr(native.PLANS, "make", None)  # three heads share one gamma
     set_gradients(net.parameters(), seed=1)
     optimizer.step()
+
+
+def test_kernels_are_not_kept_for_another_backend(net):
+    optimizer = wrap(net, "AdamW", gamma=0.5, backend="native")
+    set_gradients(net.parameters())
+    for _ in range(2):
+        optimizer.step()
+    before = values(net)
+    optimizer.backend = "triton"
+    with pytest.raises(BackendError):
+        optimizer.step()
+    assert equal(values(net), before)
 
 
 @pytest.mark.parametrize("inner", ["Adam", "AdamW"])
