@@ -14,8 +14,12 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def section(folder: Path) -> str:
-    """What belongs between the README's markers: of each machine the fullest record whole, and a line of every other."""
-    records = sorted(((results.load(path), path.stem) for path in sorted(folder.glob("*.csv"))), key=lambda each: -len(each[0]))
+    """What belongs between the README's markers: of each machine one record whole, and a line of every other.
+
+    Whole is the fullest record of the sources as they are; where there is none, the fullest.
+    """
+    records = sorted(((results.load(path), path.stem) for path in sorted(folder.glob("*.csv"))),
+                     key=lambda each: (any(map(results.is_old, each[0])), -len(each[0])))
     if not records:
         return "No measurements are recorded yet."
     parts, machines = [tables.legend()], set()

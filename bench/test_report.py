@@ -74,6 +74,15 @@ def test_a_machine_has_one_section_and_a_line_for_each_other_record(places, tmp_
     assert "baseline, 2 threads**" in text and "Of 2 targets 1 are met: [bench/results/a-machine-capped.md]" in text
 
 
+def test_a_record_of_the_sources_as_they_are_goes_before_a_fuller_one(places, tmp_path):
+    old = [{**row, "sources": "0" * 16} for row in _rows()]
+    _write(tmp_path / "results" / "machine.csv", old)
+    _write(tmp_path / "results" / "new.csv", _rows()[:-1])
+    report.main(places)
+    text = (tmp_path / "README.md").read_text()
+    assert "![new]" in text and "[bench/results/machine.md]" in text and text.count("| pass |") == 1
+
+
 def test_rows_of_older_sources_are_marked(places, tmp_path):
     report.main(places)
     assert "†" not in (tmp_path / "README.md").read_text()
