@@ -1,4 +1,4 @@
-"""SPGOptimizer is a torch optimizer: schedulers, hooks, checkpoints, copies, groups, errors."""
+"""SPGOptimizer is a torch optimizer: schedulers, checkpoints, copies, groups, errors."""
 
 import copy
 import io
@@ -11,7 +11,6 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import spg_kernels
 from spg_kernels import Importance, NonFiniteGradientError, SPGOptimizer
@@ -46,113 +45,6 @@ def test_a_scheduler_on_the_inner_optimizer_sees_its_steps(net):
         warnings.simplefilter("error")
         optimizer.step()
         scheduler.step()
-
-
-@pytest.mark.dropin(line=15)
-@pytest.mark.parametrize("gamma", [None, 1.0])
-@pytest.mark.parametrize("on", ["auto", "reference"])
-def test_hooks_fire_once_and_see_masked_parameters(net, gamma, on):
-    inner = INNER["AdamW"](net.parameters())
-    calls = []
-    inner.register_step_pre_hook(lambda *_: calls.append("inner pre"))
-    optimizer = SPGOptimizer(inner, heads=net.heads, backend=on)
-    for name in optimizer.importance if gamma else ():
-        optimizer.importance[name] = torch.ones_like(optimizer.importance[name])
-    before = values(net)
-    optimizer.register_step_post_hook(lambda *_: calls.append(("post", equal(values(net), before))))
-    handle = register_optimizer_step_post_hook(lambda *_: calls.append("global post"))
-    set_gradients(net.parameters())
-    with torch.profiler.profile() as profile:
-        optimizer.step()
-    handle.remove()
-    assert calls == ["inner pre", ("post", bool(gamma)), "global post"]
-    assert [e.name for e in profile.events() if e.name.startswith("Optimizer.step")] == ["Optimizer.step#SPGOptimizer.step"]
-
-
-@pytest.mark.dropin(line=15)
-@pytest.mark.parametrize("gamma", [None, 0.5])
-@pytest.mark.parametrize("register", [lambda opt, hook: opt.register_step_pre_hook(hook),
-                                      lambda opt, hook: opt.register_step_post_hook(hook),
-                                      lambda _, hook: register_optimizer_step_pre_hook(hook),
-                                      lambda _, hook: register_optimizer_step_post_hook(hook)], ids=range(4))
-def test_hooks_come_and_go_and_get_what_torch_gives_them(net, register, gamma):
-    def calls(optimizer):
-        seen = []
-
-        def hook(*arguments):
-            seen.append(arguments)
-
-        closure = closure_for(net, torch.randn(8, 10))
-        optimizer.step()
-        handle = register(optimizer, hook)
-        for step in (lambda: optimizer.step(), lambda: optimizer.step(closure), lambda: optimizer.step(closure=closure)):
-            step()
-        handle.remove()
-        optimizer.step()
-        return [(own is optimizer, args[0] is optimizer, len(args), list(kwargs)) for own, args, kwargs in seen]
-
-    set_gradients(net.parameters())
-    wrapped = wrap(net, "AdamW", gamma)
-    expected = calls(INNER["AdamW"](net.parameters()))
-    assert calls(wrapped) == expected and len(expected) == 3
-
-
-@pytest.mark.dropin(line=15)
-@pytest.mark.parametrize("watch", ["hook", "profiler", "profiler of all threads"])
-def test_a_step_of_a_subclass_is_seen_once(net, watch):
-    class Own(SPGOptimizer):
-        def step(self, closure=None):
-            return super().step(closure)
-
-    optimizer = Own(INNER["AdamW"](net.parameters()), heads=net.heads)
-    set_gradients(net.parameters())
-    seen = []
-    if watch == "hook":
-        optimizer.register_step_post_hook(lambda *_: seen.append("Optimizer.step#Own.step"))
-        optimizer.step()
-    else:
-        seen = ranges(optimizer, watch)
-    assert seen == ["Optimizer.step#Own.step"]
-
-
-def ranges(optimizer, watch):
-    options = None
-    if watch == "profiler of all threads":
-        try:
-            options = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-        except TypeError:
-            pytest.skip(f"torch {torch.__version__} profiles one thread")
-    with torch.profiler.profile(experimental_config=options) as profile:
-        optimizer.step()
-    return [e.name for e in profile.events() if e.name.startswith("Optimizer.step")]
-
-
-@pytest.mark.dropin(line=15)
-def test_a_profiler_of_all_threads_sees_a_step_once(net):
-    optimizer = wrap(net, "AdamW", 0.5)
-    set_gradients(net.parameters())
-    assert ranges(optimizer, "profiler of all threads") == ["Optimizer.step#SPGOptimizer.step"]
-
-
-@pytest.mark.dropin(line=15)
-def test_a_hook_that_the_closure_registers_is_heard(net):
-    optimizer, calls = wrap(net, "AdamW", 0.5), []
-    set_gradients(net.parameters())
-
-    def closure():
-        optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-        return torch.tensor(1.0)
-
-    optimizer.step(closure)
-    assert calls == ["post"]
-
-
-@pytest.mark.dropin(line=15)
-def test_a_hook_that_gives_other_arguments_is_heard(net):
-    optimizer = wrap(net, "AdamW", 0.5)
-    optimizer.register_step_pre_hook(lambda own, args, kwargs: ((own, lambda: torch.tensor(7.0)), {}))
-    set_gradients(net.parameters())
-    assert optimizer.step().item() == 7
 
 
 @pytest.mark.dropin(line=15)
