@@ -27,29 +27,11 @@ struct FactorOfOne {
 
 static_assert(kBlock % kCodes == 0, "or every block of halves ends in a padded decode");
 
-// What a loop over `count` elements reads 1 KiB later, into the L2 cache. The hardware does that too, but not across the
-// borders of pages, and with three streams and more less than it could: momentum and AdamW take up to a tenth less time.
-template <class... Data>
-static inline void prefetch(int64_t count, const Data*... data) {
-  const auto line = [](const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 1024, 0, 2); };
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(float))) (line(data + i), ...);
-}
-
-// body(first, n, factor) for kCodes of the `count` elements at a time: n is then a constant, as a type, so that the loop over
-// them has no ends to look for. factor_of(first, n) is their factor. Both come, and hold what they use, by value: behind a
-// reference lies memory that the body may have written, to be read again for every block.
-template <class Body, class FactorOf>
-static inline void in_blocks(int64_t count, Body body, FactorOf factor_of) {
-  const int64_t whole = count / kCodes * kCodes;
-  for (int64_t i = 0; i < whole; i += kCodes) body(i, std::integral_constant<int64_t, kCodes>(), factor_of(i, kCodes));
-  if (whole < count) body(whole, count - whole, factor_of(whole, count - whole));
-}
-
 template <class Body>
 static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, Body body) {
   if (gamma.dtype == SPG_FLOAT32) {
     const float* value = static_cast<const float*>(gamma.data) + begin;
-    in_blocks(count, body, [=](int64_t i, int64_t n) {
+    in_blocks<kCodes>(count, body, [=](int64_t i, int64_t n) {
       prefetch(n, value + i);
       return FactorOfValue{value + i};
     });
@@ -57,7 +39,7 @@ static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, Body b
     const uint8_t* code = static_cast<const uint8_t*>(gamma.data) + begin;
     alignas(64) float decoded[kCodes];
     float* factor = decoded;
-    in_blocks(count, body, [=](int64_t i, int64_t n) {
+    in_blocks<kCodes>(count, body, [=](int64_t i, int64_t n) {
       prefetch(1, code + i);
       if (n == kCodes) {
         decode(code + i, factor);
@@ -70,7 +52,7 @@ static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, Body b
     });
   } else {
     const float f = 1.0f - *static_cast<const float*>(gamma.data);
-    in_blocks(count, body, [=](int64_t, int64_t) { return FactorOfOne{f}; });
+    in_blocks<kCodes>(count, body, [=](int64_t, int64_t) { return FactorOfOne{f}; });
   }
 }
 
