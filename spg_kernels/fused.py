@@ -4,6 +4,7 @@ The wrapper can be taken off at any time: the state is what torch's own step wou
 `_init_group`.
 """
 
+from array import array
 from collections.abc import Callable
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
@@ -99,10 +100,10 @@ class FusedStep:
         elif (found := ops.find_kernels(on_shards, backend)) is None:
             return False
         else:
-            for call, (kernel, addresses) in zip(on_shards, found):
-                kernel.launch(addresses, call, common)
+            kernels, addresses = found
+            _launch(kernels, addresses, on_shards, common)
             if not self._is_sharded:  # each step has tensors of its own for the shards
-                self._kernels, self._backend = [kernel for kernel, _ in found], backend
+                self._kernels, self._backend = kernels, backend
         for call in first:
             for parameter, buffer in zip(call.lists[0], call.lists[3]):
                 inner.state[parameter]["momentum_buffer"] = buffer
@@ -117,8 +118,7 @@ class FusedStep:
         if not all(addresses):
             return False
         _check_scaler(common)
-        for kernel, at, call in zip(self._kernels, addresses, calls):
-            kernel.launch(at, call, common)
+        _launch(self._kernels, addresses, calls, common)
         return True
 
     def _calls(self, inner: Optimizer) -> list[ops.Call]:
@@ -151,6 +151,11 @@ class FusedStep:
         self._is_sharded = any(map(distributed.is_dtensor, params))
         self._found, self._layout = found, importance.layout
         self._seen = [inner, inner.state, importance, *inner.state.values()]
+
+
+def _launch(kernels: list[ops.Kernel], addresses: list[array], calls: list[ops.Call], common: dict) -> None:
+    for kernel, at, call in zip(kernels, addresses, calls):
+        kernel.launch(at, call, common)
 
 
 def _check_scaler(common: dict) -> None:

@@ -230,9 +230,9 @@ class Kernel(NamedTuple):
         self.function(self.plan.launch, addresses, **call.settings, **common)
 
 
-def find_kernels(calls: list[Call], backend: str) -> list[tuple[Kernel, array]] | None:
+def find_kernels(calls: list[Call], backend: str) -> tuple[list[Kernel], list[array]] | None:
     """The kernel of every call, and its tensors' addresses. None where there is none, or where it cannot take some tensor."""
-    found = []
+    kernels, found = [], []
     for op, lists, _ in calls:
         chosen, plan, addresses = _known(op, lists, backend) or _make(op, lists, backend)
         if plan is None:
@@ -241,8 +241,9 @@ def find_kernels(calls: list[Call], backend: str) -> list[tuple[Kernel, array]] 
             index, reason = plan.first_refusal()
             log.debug("%s: the generic step instead, because tensor %d of %d %s", op, index, len(lists[0]), reason)
             return None
-        found.append((Kernel(getattr(chosen, op), plan), addresses))
-    return found
+        kernels.append(Kernel(getattr(chosen, op), plan))
+        found.append(addresses)
+    return kernels, found
 
 
 def trace(calls: list[Call], common: dict, backend: str) -> None:
