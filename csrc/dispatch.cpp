@@ -24,6 +24,7 @@ namespace spg {
 #define SPG_FMA64(a, b, c) ((a) * (b) + (c))
 #define SPG_VECTOR_BYTES 16
 namespace baseline {
+#include "blocks.h"
 #include "convert.h"
 #include "decode.h"
 #include "importance_kernels.h"
@@ -46,6 +47,7 @@ SPG_TABLE("baseline");
 #endif
 #define SPG_VECTOR_BYTES 32
 namespace avx2 {
+#include "blocks.h"
 #include "convert.h"
 #include "decode.h"
 #include "importance_kernels.h"
@@ -64,6 +66,7 @@ SPG_TABLE("avx2");
 #endif
 #define SPG_AVX512
 namespace avx512 {
+#include "blocks.h"
 #include "convert.h"
 #include "decode.h"
 #include "importance_kernels.h"
@@ -79,6 +82,7 @@ SPG_TABLE("avx512");
 #endif
 #define SPG_VBMI
 namespace avx512vbmi {
+#include "blocks.h"
 #include "convert.h"
 #include "decode.h"
 #include "importance_kernels.h"

@@ -78,8 +78,8 @@ static Moments moments(int32_t dtype, const void* grad, double first, int64_t be
   return {(shift - first) + mean, q[0] - s[0] * mean};
 }
 
-// What elements are bounded by. Read as variables: the branch on which a minimum is a constant, GCC 12 would follow to its end,
-// and select between the two ends.
+// Bounds of what is folded. Volatile, because of a minimum with a constant GCC 12 makes two computations, one of a constant,
+// and selects between their results.
 static const volatile float kMostExponent = 60.0f, kMostCode = 255.0f;
 
 // tanh(y / 2) = (exp(y) - 1) / (exp(y) + 1) for y >= 0, from t = y log2(e). With n = round(t) and f = t - n, exp(y) is
@@ -100,6 +100,7 @@ static inline float tanh_of_half(float t) {
 
 // Elements that are folded at once, in loops of a few steps each: a core looks ahead too little for all steps in one.
 constexpr int64_t kFold = 64;
+static_assert(kBlock % kFold == 0 && kBlock % kLanes == 0, "blocks of halves are whole folds and whole lanes");
 
 static inline void fold_value(float* gamma, const float* g, const Standardize& z, int64_t count) {
   const double log2_scale = 2.88539008177792681 * z.power_scale;  // 2 log2(e)
@@ -125,18 +126,19 @@ static inline void fold_value(float* gamma, const float* g, const Standardize& z
   });
 }
 
-// The product is rounded to float32 before it is rounded up: a |z| that is a code in exact arithmetic stays that code.
-static inline void standardize(float* __restrict z, const float* __restrict g, int64_t count, double shift, double scale,
+// scaled <- (g - shift) scale + offset, in float64, rounded to float32.
+static inline void standardize(float* __restrict scaled, const float* __restrict g, int64_t count, double shift, double scale,
                                double offset) {
   const Doubles scales = Doubles{} + scale, offsets = Doubles{} + offset;
   const int64_t whole = count / (2 * kDoubles) * (2 * kDoubles);
   for (int64_t i = 0; i < whole; i += 2 * kDoubles) {
-    store_floats(z + i, multiply_add(doubles(g + i) - shift, scales, offsets),
+    store_floats(scaled + i, multiply_add(doubles(g + i) - shift, scales, offsets),
                  multiply_add(doubles(g + i + kDoubles) - shift, scales, offsets));
   }
-  for (int64_t i = whole; i < count; i++) z[i] = float(SPG_FMA64(double(g[i]) - shift, scale, offset));
+  for (int64_t i = whole; i < count; i++) scaled[i] = float(SPG_FMA64(double(g[i]) - shift, scale, offset));
 }
 
+// The product is rounded to float32 before it is rounded up: a |z| that is a code in exact arithmetic stays that code.
 static inline void fold_code(uint8_t* gamma, const float* g, const Standardize& z, int64_t count) {
   const double shift = z.first, scale = 28.0 * z.scale, offset = 28.0 * z.offset;
   const float most = kMostCode;

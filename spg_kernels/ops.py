@@ -232,7 +232,7 @@ class Kernel(NamedTuple):
 
 def find_kernels(calls: list[Call], backend: str) -> tuple[list[Kernel], list[array]] | None:
     """The kernel of every call, and its tensors' addresses. None where there is none, or where it cannot take some tensor."""
-    kernels, found = [], []
+    kernels, located = [], []
     for op, lists, _ in calls:
         chosen, plan, addresses = _known(op, lists, backend) or _make(op, lists, backend)
         if plan is None:
@@ -242,8 +242,8 @@ def find_kernels(calls: list[Call], backend: str) -> tuple[list[Kernel], list[ar
             log.debug("%s: the generic step instead, because tensor %d of %d %s", op, index, len(lists[0]), reason)
             return None
         kernels.append(Kernel(getattr(chosen, op), plan))
-        found.append(addresses)
-    return kernels, found
+        located.append(addresses)
+    return kernels, located
 
 
 def trace(calls: list[Call], common: dict, backend: str) -> None:
