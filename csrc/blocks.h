@@ -16,12 +16,24 @@ static inline void prefetch(int64_t count, const Data*... data) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(float))) (line(data + i), ...);
 }
 
+// From memory, loops over one or two tensors take up to a tenth less time as two streams through each: hardware follows a
+// stream to the end of its page, and while one finds its next page the other goes on. Loops over more take longer that way.
+enum Order { kForwards, kBothHalves };
+
 // body(first, n, input) for kSize of the `count` elements at a time: n is then a constant, as a type, so that loops over them
-// have no ends to look for. input_of(first, n) comes before it. Both come, and hold what they use, by value: behind a reference
-// lies memory that the body may have written, to be read again for every block.
-template <int64_t kSize, class Body, class InputOf>
+// have no ends to look for. input_of(first, n) comes before it. Both come, and hold what they use, by value: behind a
+// reference lies memory that the body may have written, to be read again for every block.
+template <int64_t kSize, Order kOrder = kForwards, class Body, class InputOf>
 static inline void in_blocks(int64_t count, Body body, InputOf input_of) {
-  const int64_t whole = count / kSize * kSize;
-  for (int64_t i = 0; i < whole; i += kSize) body(i, std::integral_constant<int64_t, kSize>(), input_of(i, kSize));
+  constexpr std::integral_constant<int64_t, kSize> size;
+  const int64_t blocks = count / kSize;
+  // An odd number of blocks each: where addresses in a page are equal, loads of one half would wait for stores of the other.
+  const int64_t half = kOrder == kBothHalves && blocks > 1 ? ((blocks / 2 - 1) | 1) * kSize : 0;
+  for (int64_t i = 0; i < half; i += kSize) {
+    body(i, size, input_of(i, kSize));
+    body(half + i, size, input_of(half + i, kSize));
+  }
+  const int64_t whole = blocks * kSize;
+  for (int64_t i = 2 * half; i < whole; i += kSize) body(i, size, input_of(i, kSize));
   if (whole < count) body(whole, count - whole, input_of(whole, count - whole));
 }

@@ -27,11 +27,11 @@ struct FactorOfOne {
 
 static_assert(kBlock % kCodes == 0, "or every block of halves ends in a padded decode");
 
-template <class Body>
+template <Order kOrder = kForwards, class Body>
 static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, Body body) {
   if (gamma.dtype == SPG_FLOAT32) {
     const float* value = static_cast<const float*>(gamma.data) + begin;
-    in_blocks<kCodes>(count, body, [=](int64_t i, int64_t n) {
+    in_blocks<kCodes, kOrder>(count, body, [=](int64_t i, int64_t n) {
       prefetch(n, value + i);
       return FactorOfValue{value + i};
     });
@@ -39,7 +39,7 @@ static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, Body b
     const uint8_t* code = static_cast<const uint8_t*>(gamma.data) + begin;
     alignas(64) float decoded[kCodes];
     float* factor = decoded;
-    in_blocks<kCodes>(count, body, [=](int64_t i, int64_t n) {
+    in_blocks<kCodes, kOrder>(count, body, [=](int64_t i, int64_t n) {
       prefetch(1, code + i);
       if (n == kCodes) {
         decode(code + i, factor);
@@ -52,7 +52,7 @@ static inline void with_factor(Gamma gamma, int64_t begin, int64_t count, Body b
     });
   } else {
     const float f = 1.0f - *static_cast<const float*>(gamma.data);
-    in_blocks<kCodes>(count, body, [=](int64_t, int64_t) { return FactorOfOne{f}; });
+    in_blocks<kCodes, kOrder>(count, body, [=](int64_t, int64_t) { return FactorOfOne{f}; });
   }
 }
 
@@ -108,7 +108,7 @@ static void soft_mask(int32_t dtype, void* grad, Gamma gamma, int64_t begin, int
   for (int64_t b = begin; b < end; b += block) {
     const int64_t count = std::min(block, end - b);
     float* g = read(dtype, grad, b, count, scratch);
-    with_factor(gamma, b, count, [=](int64_t i, auto n, auto factor) { soft_mask_block(g + i, factor, n); });
+    with_factor<kBothHalves>(gamma, b, count, [=](int64_t i, auto n, auto factor) { soft_mask_block(g + i, factor, n); });
     write(dtype, grad, b, count, g);
   }
 }
@@ -129,7 +129,8 @@ static void update_mask(int32_t dtype, void* param, const void* old_param, Gamma
     const int64_t count = std::min(block, end - b);
     float* p = read(dtype, param, b, count, p_scratch);
     const float* old = read(dtype, old_param, b, count, old_scratch);
-    with_factor(gamma, b, count, [=](int64_t i, auto n, auto factor) { update_mask_block(p + i, old + i, factor, n); });
+    with_factor<kBothHalves>(gamma, b, count,
+                             [=](int64_t i, auto n, auto factor) { update_mask_block(p + i, old + i, factor, n); });
     write(dtype, param, b, count, p);
   }
 }
