@@ -11,6 +11,7 @@
 #include "code_table.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -21,7 +22,6 @@ namespace spg {
 
 // Where the baseline has no fused multiply-add, __builtin_fmaf would be a call into libm.
 #define SPG_FMA(a, b, c) ((a) * (b) + (c))
-#define SPG_FMA64(a, b, c) ((a) * (b) + (c))
 #define SPG_VECTOR_BYTES 16
 namespace baseline {
 #include "blocks.h"
@@ -32,18 +32,16 @@ namespace baseline {
 SPG_TABLE("baseline");
 }  // namespace baseline
 #undef SPG_FMA
-#undef SPG_FMA64
 #undef SPG_VECTOR_BYTES
 
 #if defined(__x86_64__)
 #define SPG_FMA(a, b, c) __builtin_fmaf(a, b, c)
-#define SPG_FMA64(a, b, c) __builtin_fma(a, b, c)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #define SPG_VECTOR_BYTES 32
 namespace avx2 {
@@ -58,11 +56,11 @@ SPG_TABLE("avx2");
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((min_vector_width(512))), apply_to = function)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 #define SPG_AVX512
 namespace avx512 {
@@ -75,7 +73,7 @@ SPG_TABLE("avx512");
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c"))), \
                              apply_to = function)
 #else
 #pragma GCC target("avx512vbmi")
@@ -96,11 +94,17 @@ SPG_TABLE("avx512vbmi");
 #pragma GCC pop_options
 #endif
 
+// Compilers before GCC 11 do not know it as a name of __builtin_cpu_supports.
+static bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 // The best table that the machine has and SPG_CPU_CAPABILITY does not rule out.
 static const Kernels& choose() {
   const char* cap = std::getenv("SPG_CPU_CAPABILITY");
   const auto capped_to = [cap](const char* isa) { return cap && !std::strcmp(cap, isa); };
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!has_avx2 || capped_to("baseline")) return baseline::table;
