@@ -114,6 +114,17 @@ def test_soft_mask_is_within_two_ulp(backend, dtype, gamma_kind):
         assert not n or oracle.ulps(grad, expected).max() <= 2, n
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 0.3, 1 - 2**-9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_is_converted_exactly_and_rounded_to_nearest_even(backend, dtype, gamma):
+    every = torch.arange(-2**15, 2**15, dtype=torch.int16).view(dtype)
+    gammas, written = torch.full(every.shape, gamma), every.clone()
+    spg_kernels.soft_mask_([written], [gammas], backend=backend)
+    expected, is_nan = ((1 - gammas) * every.float()).to(dtype), every.isnan()
+    assert torch.equal(written.isnan(), is_nan)
+    assert torch.equal(written.view(torch.int16)[~is_nan], expected.view(torch.int16)[~is_nan])
+
+
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_masks_at_gamma_zero_and_one_keep_every_bit(backend, dtype):
     values = torch.tensor([1.0, -2.5, math.inf, -math.inf, math.nan, 0.0, -0.0] * 5).to(dtype)
