@@ -24,10 +24,13 @@ class Buffers:
 
     Args:
         least_bytes: bytes per parameter that the most frugal contender touches.
+        dtype: of everything but importance.
     """
 
-    def __init__(self, parameter_set: ParameterSet, kinds: tuple[str, ...], least_bytes: float, device: torch.device):
+    def __init__(self, parameter_set: ParameterSet, kinds: tuple[str, ...], least_bytes: float, device: torch.device,
+                 dtype: torch.dtype = torch.float32):
         self.set = parameter_set
+        self.dtype = dtype
         self.device = device
         # Four times the cache between two visits to the same buffer; one set that is as large as that evicts itself.
         needed = ceil(4 * cache_bytes(device.type) / (least_bytes * parameter_set.parameters))
@@ -52,7 +55,8 @@ class Buffers:
         return tensor
 
     def _empty(self, kind: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=torch.uint8 if kind == "codes" else torch.float32, device=self.device)
+        dtype = {"codes": torch.uint8, "gammas": torch.float32}.get(kind, self.dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _fill(self, tensor: Tensor, kind: str, i: int) -> None:
         flat, period = tensor.detach().view(-1), _period(kind, self.device)

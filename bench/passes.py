@@ -25,6 +25,7 @@ class Pass:
         least_bytes: bytes per parameter that the most frugal contender touches in a call.
         contenders: all ways to do it, on given buffers.
         expected: (buffers, contender, i) -> what tensor i must be after one call, in float64, by kind.
+        dtype: of everything but importance.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Pass:
     least_bytes: float
     contenders: Callable[[Buffers], list[Contender]]
     expected: Callable[[Buffers, Contender, int], dict[str, Tensor]]
+    dtype: torch.dtype = torch.float32
 
 
 def _on_slots(buffers: Buffers, function: Callable, *kinds: str) -> list[Callable]:
@@ -133,11 +135,17 @@ def _in_storage(expected: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def count_wrong(actual: Tensor, expected: Tensor) -> int:
-    """Elements further than 4e-6 from the reference, relative where it is above 1; NaN is wrong."""
+    """Elements further from the reference than 4e-6, relative where it is above 1, or in half precision than 4e-6 and what two
+    roundings add; NaN is wrong.
+    """
     if actual.dtype == torch.uint8:
         # A code is a ceiling: a last-bit difference in z may take the next one, rarely.
         off = (actual.int() - expected.int()).abs()
         near = int((off == 1).sum())
         return int((off > 1).sum()) + (near if near > 1 + 1e-4 * off.numel() else 0)
-    allowed = expected.abs().clamp_(min=1).mul_(4e-6)
+    magnitude = expected.abs()
+    if actual.dtype == torch.float32:
+        allowed = magnitude.clamp_(min=1).mul_(4e-6)
+    else:
+        allowed = magnitude.mul_(torch.finfo(actual.dtype).eps).add_(4e-6)
     return int((~((actual - expected).abs_() <= allowed)).sum())

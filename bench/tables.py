@@ -8,8 +8,9 @@ from .sets import SETS
 from .timing import COPY
 
 OLD = " †"
-_PASSES = ("importance", "soft mask", "update mask", "sgd", "sgd momentum", "adamw", "training step", "measuring, 1 head",
-           "measuring, 5 heads", "measuring, 10 heads", "sgd momentum, before importance", "adamw, before importance")
+_PASSES = ("importance", "soft mask", "update mask", "sgd", "sgd momentum", "adamw", "adamw bfloat16", "training step",
+           "measuring, 1 head", "measuring, 5 heads", "measuring, 10 heads", "sgd momentum, before importance",
+           "adamw, before importance")
 _PEERS = ("a pass a head", "eager", "foreach", "compile", "copy, step, lerp", "unmasked foreach", "unmasked fused")
 _SET_ORDER = (*SETS, "small network")
 _LEGEND = (

@@ -15,10 +15,10 @@ _TEMPORARY_BYTES = 32
 @pytest.mark.parametrize("the_pass", ELEMENTWISE + STEPS, ids=lambda p: p.name.replace(" ", "_"))
 @torch.no_grad()
 def test_pass(the_pass, parameter_set, device, without, timed):
-    needed = (4 * len(the_pass.kinds) + 5 + _TEMPORARY_BYTES) * parameter_set.parameters
+    needed = (the_pass.dtype.itemsize * len(the_pass.kinds) + 5 + _TEMPORARY_BYTES) * parameter_set.parameters
     if needed > available_bytes(device.type):
         pytest.skip(f"needs about {needed / 2**30:.0f} GiB")
-    buffers = Buffers(parameter_set, the_pass.kinds, the_pass.least_bytes, device)
+    buffers = Buffers(parameter_set, the_pass.kinds, the_pass.least_bytes, device, the_pass.dtype)
     contenders = [c for c in the_pass.contenders(buffers) if c.name not in without]
     assert_correct(the_pass, buffers, contenders)
     timed(contenders, the_pass.name, parameter_set.name, parameter_set.parameters, len(parameter_set.shapes), buffers.cold)
