@@ -1,14 +1,6 @@
 // The soft mask alone, and SGD and Adam steps with the mask inside. All arithmetic is float32, rounded once on the way out.
 // Included once per instruction set: no include guard.
 
-// Choices as bit masks, for options of the whole loop and for single elements alike: they stay data. Given a condition,
-// GCC 12 makes control flow of it, then masked loads of what one side does not need, or no vector loop at all.
-static inline uint32_t mask_if(bool condition) { return 0u - uint32_t(condition); }
-
-static inline float select(uint32_t mask, float yes, float no) {
-  return float_of((bits_of(yes) & mask) | (bits_of(no) & ~mask));
-}
-
 // The factor f = 1 - gamma of element i of a block, one type for each way gamma comes.
 struct FactorOfValue {
   const float* gamma;
@@ -229,8 +221,8 @@ static inline void adam_block(Usual usual, Amsgrad amsgrad, const AdamStep& s, P
     store(v + i, square);
     float bound = square;
     if (amsgrad) {
-      const float most = load(v_max + i);
-      bound = most > square ? most : square;
+      const float max_square = load(v_max + i);
+      bound = max_square > square ? max_square : square;
       store(v_max + i, bound);
     }
     const float denominator = SPG_FMA(std::sqrt(bound), correction, eps);
