@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -73,6 +74,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], int, torch.dtype]:
     Raises:
         ValueError: names `path`; not an importance file, another version, or damaged. OSError: it cannot be read.
     """
+    _check_regular(os.fspath(path))
     open(path, "rb").close()  # or the operating system's own error
     try:
         with safe_open(path, framework="pt") as file:
@@ -123,10 +125,11 @@ def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     # A name may take 255 bytes, and a character 4 of them.
     temporary = os.path.join(directory, f".{name[:50]}.{secrets.token_hex(4)}.tmp")
     try:
-        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-            raise OSError(errno.EINVAL, "not a regular file, which a new one could replace")
+        _check_regular(path)
         try:
             with open(temporary, "xb") as file:  # not tempfile's, which only its owner could read
+                with suppress(OSError):  # no such file yet, or a file system without modes
+                    shutil.copymode(path, temporary)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -140,11 +143,19 @@ def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror or str(error), path) from error
 
 
+def _check_regular(path: str | bytes) -> None:
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError(errno.EINVAL, "not a regular file", path)
+
+
 def _sync_directory(directory: str) -> None:
     """Have the disk hold the new entry too: until it does, a loss of power may bring the old file back."""
     if os.name != "posix":
         return  # a directory cannot be opened
-    handle = os.open(directory, os.O_RDONLY)
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except PermissionError:
+        return  # one to write in, but not to read
     try:
         os.fsync(handle)
     except OSError as error:

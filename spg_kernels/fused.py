@@ -28,9 +28,16 @@ def patched_step(inner: Optimizer) -> Callable | None:
 
 def takes(inner: Optimizer) -> bool:
     """Whether a masked operator computes exactly what this optimizer's own step would."""
-    if type(inner) not in (SGD, Adam, AdamW) or patched_step(inner) is not None:
+    if type(inner) not in (SGD, Adam, AdamW) or patched_step(inner) is not None or not _is_torchs(type(inner).step):
         return False
     return all(_has_plain_settings(group) for group in inner.param_groups)
+
+
+def _is_torchs(step: Callable | None) -> bool:
+    """Whether all of a class's step is torch's own, which somebody may have replaced for every optimizer of that class."""
+    while step is not None and step.__globals__["__name__"].startswith("torch.optim."):
+        step = getattr(step, "__wrapped__", None)
+    return step is None
 
 
 def _has_plain_settings(group: dict) -> bool:

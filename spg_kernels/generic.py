@@ -26,7 +26,7 @@ def update_masked_step(step: Callable, closure: Callable | None, parameters: lis
                        backend: str, tracked: bool):
     """p <- p_old + (1 - gamma)(p_new - p_old) around `step(closure)`. If that fails, parameters are as before."""
     # Frozen parameters too, if they have a gradient or a closure may give them one: inner steps ask for nothing else.
-    moving = [p for p in parameters if p.requires_grad or p.grad is not None or closure is not None]
+    moving = [p for p in parameters if p.requires_grad or p.grad is not None or (closure is not None and _may_train(p))]
     gammas = [distributed.local(gamma_of(p)) for p in moving]
     values = moving if tracked else _values(moving)
     if tracked:
@@ -115,6 +115,11 @@ def unscaled_step(step: Callable, inner: Optimizer, parameters: list[Tensor]) ->
     except BaseException:
         restore()  # again, if it was interrupted
         raise
+
+
+def _may_train(parameter: Tensor) -> bool:
+    """Not whole numbers, and not float8, which has no arithmetic."""
+    return (parameter.is_floating_point() or parameter.is_complex()) and parameter.dtype.itemsize > 1
 
 
 def _values(parameters: list[Tensor]) -> list[Tensor]:

@@ -1,12 +1,16 @@
 """Step hooks and the profiler's range, where there are any."""
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
 from torch._C._profiler import _RecordFunctionFast
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__  # of torch's own around the step of every optimizer
 
 
 def watched(step: Callable) -> Callable:
@@ -28,3 +32,24 @@ def watched(step: Callable) -> Callable:
 
     maybe_in_wrapper.hooked = True  # or torch would wrap it once more
     return maybe_in_wrapper
+
+
+def unwatched(step: Callable) -> Callable:
+    """An optimizer class's `step` without torch's wrapper, if that is what it is: `hooked` and `__wrapped__` do not tell, for
+    `functools.wraps` copies them to whatever a user puts around it.
+    """
+    bare = getattr(step, "_torchdynamo_orig_callable", step)  # torch.compile keeps itself out of LBFGS and SparseAdam
+    return bare.__wrapped__ if getattr(bare, "__code__", None) is _WRAPPER else step
+
+
+@contextmanager
+def unheard(inner: Optimizer) -> Iterator[None]:
+    """Whatever calls `inner`'s own step hooks in here finds none. Those of all optimizers it finds."""
+    kept = inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks
+    inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for hooks, new in zip(kept, (inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks)):
+            hooks.update(new)  # what a closure registers
+        inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks = kept

@@ -61,6 +61,16 @@ def as_named(named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tenso
     return pairs
 
 
+def by_name(named_parameters: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The pairs as a dictionary. ValueError where two parameters have one name."""
+    parameters = dict(named_parameters)
+    for name, parameter in named_parameters:
+        if parameters[name] is not parameter:
+            raise ValueError(f"{name}: two parameters are called so; named_parameters=model.named_parameters(), of one model that "
+                             "holds them all, tells them apart")
+    return parameters
+
+
 class Importance(Mapping):
     """gamma, the importance of every trunk parameter to the tasks so far, by parameter name.
 
@@ -124,24 +134,24 @@ class Importance(Mapping):
         """
         self._add_all([(name, parameter) for name, parameter in as_named(named_parameters) if name in self._gammas])
 
-    def attach(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
-        """`add` all of a model's parameters, which must be among them the ones of a loaded importance.
+    def attach(self, named_parameters: Sequence[tuple[str, Tensor]], all_are_named: bool) -> None:
+        """`add` parameters, which must be among them the ones of a loaded importance.
+
+        Args:
+            all_are_named: these are a whole model's, named by the user, so that a name known here of which there is none was
+                renamed or removed. Else another optimizer may hold it.
 
         Raises:
             ValueError: a name known here has no parameter, no parameter's name is known here although there is importance,
                 two parameters have the same, a shape differs; TypeError: a dtype. Nothing has changed.
         """
-        parameters = dict(named_parameters)
-        for name, parameter in named_parameters:
-            if parameters[name] is not parameter:
-                raise ValueError(f"{name}: two parameters are called so; named_parameters=model.named_parameters() tells them "
-                                 "apart")
+        parameters = by_name(named_parameters)
         missing = self._gammas.keys() - parameters.keys()
-        if not (self.active and parameters and missing == self._gammas.keys()):
-            missing -= self._parameters.keys()  # which another optimizer may hold
+        if not all_are_named and not (self.active and parameters and missing == self._gammas.keys()):
+            missing -= self._parameters.keys()
         if missing:
             raise ValueError(f"importance: no parameter is called {', '.join(sorted(missing))}: it is of another model, or its "
-                             "names were others; named_parameters=model.named_parameters() names parameters")
+                             "names were others; named_parameters=model.named_parameters() names them all")
         self._add_all(named_parameters)
 
     def _add_all(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
@@ -374,7 +384,9 @@ def _capacity(piece: Tensor) -> Tensor:
 
 
 def _lies_as(gamma: Tensor, parameter: Tensor) -> bool:
-    """Whether `gamma` has the memory layout of `parameter`, or of what is made like it where that has gaps."""
+    """Whether `gamma` has the shape and memory layout of `parameter`, or of what is made like it where that has gaps."""
+    if gamma.shape != parameter.shape:
+        return False
     return gamma.stride() == parameter.stride() or gamma.stride() == torch.empty_like(parameter, device="meta").stride()
 
 

@@ -129,7 +129,7 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
                 which = f"losses {sweep[0] + 1} to {sweep[-1] + 1}" if together > 1 else f"loss {sweep[0] + 1}"
                 bar.set_postfix_str(f"{which} of {len(losses)}")
                 clear()
-                sums = sums_of(_counted(loader, bar), losses, sweep, parameters)
+                sums = sums_of(_counted(loader, bar, sweep is sweeps[0]), losses, sweep, parameters)
                 reached = _fold(sweep, sums, parameters, fold, finished, reached)
                 del sums  # before the next ones are made
         clear()
@@ -210,14 +210,15 @@ def _sum_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def _counted(loader: Iterable, bar: tqdm) -> Iterator:
+def _counted(loader: Iterable, bar: tqdm, is_first: bool) -> Iterator:
     batches = 0
     for batch in loader:
         yield batch
         batches += 1
         bar.update()
     if not batches:
-        raise ValueError("loader: expected at least one batch, got none")
+        raise ValueError("loader: expected at least one batch, got none" + ("" if is_first else " after the losses before used its "
+                         "batches up; it must begin anew for each"))
 
 
 def _batches(loader: Iterable, sweeps: int) -> int | None:

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from . import fused, generic, ops
 from .files import check_tasks
-from .hooks import watched
-from .importance import Importance, as_named
+from .heads import heads_of, parameters_of, refuse_known
+from .hooks import unheard, unwatched, watched
+from .importance import Importance, as_named, by_name
 from .measuring import Interrupted, measure
 from .state import KEY, SCALER, TASKS, State, initialize, recover_codes, without_importance
 
@@ -62,14 +63,14 @@ class SPGOptimizer(Optimizer):
         self.importance = Importance(dtype=importance_dtype) if importance is None else importance
         self.mask = mask
         self.backend = backend
-        self._heads = _as_list(heads)
+        self._heads = heads_of(heads)
         self._set_up()
         self._find_heads()
-        self._named = {} if named_parameters is None else dict(as_named(named_parameters))
+        self._named = {} if named_parameters is None else by_name(as_named(named_parameters))
         self._name_trunk(all_are_named=named_parameters is not None)
         own = {id(p) for p in self._parameters()}
         self._named = {name: p for name, p in self._named.items() if id(p) not in own}  # for groups that are added later
-        self._warn_if_undone(before=None)
+        self._warn_of_caveat(before=None)
 
     def _set_up(self) -> None:
         # Optimizer.__init__ would take over the parameter groups; its __setstate__ makes what else the base class needs.
@@ -99,7 +100,7 @@ class SPGOptimizer(Optimizer):
 
     @property
     def state(self) -> State:
-        return State(self.inner.state, self._stored_gamma, self._store_gamma)
+        return State(self.inner.state, self._shown_gamma, self._store_gamma)
 
     @state.setter
     def state(self, state: MutableMapping) -> None:
@@ -119,11 +120,8 @@ class SPGOptimizer(Optimizer):
     # Heads and trunk
 
     def _find_heads(self) -> None:
-        parameters = _parameters_of(self._heads)
-        trunk = [name for name in map(self.importance.name_of, parameters) if name is not None]
-        if trunk:
-            raise ValueError(f"heads: {', '.join(trunk)} have an importance, as trunk parameters do; leave heads out of it, "
-                             "and append a head to `heads` before its parameters come with add_param_group")
+        parameters = parameters_of(self._heads)
+        refuse_known([name for name in map(self.importance.name_of, parameters) if name is not None])
         # What was a head stays one: while FSDP2 keeps parameters gathered after a forward pass, modules show others.
         self._head_parameters |= {id(p): p for p in parameters}
 
@@ -145,9 +143,9 @@ class SPGOptimizer(Optimizer):
                     name = group["param_names"][s] if "param_names" in group else self._slot_name(g, s, taken, own)
                 taken.add(name)
                 trunk.append((name, parameter))
-        others = [(name, parameter) for name, parameter in self._named.items() if all_are_named and name in self.importance
-                  and id(parameter) not in self._head_parameters]
-        self.importance.attach(others + trunk)
+        others = [(name, p) for name, p in self._named.items() if name in self.importance] if all_are_named else []
+        refuse_known([name for name, p in others if id(p) in self._head_parameters])
+        self.importance.attach(others + trunk, all_are_named)
 
     def _slot_name(self, g: int, s: int, taken: set[str], own: set[int]) -> str:
         """"group.slot", with a later group where a parameter of this optimizer (`own`, by id) has that name already."""
@@ -165,29 +163,28 @@ class SPGOptimizer(Optimizer):
         if id(parameter) in self._head_parameters:
             return self.importance.mean_on(parameter.device)
         raise ValueError(f"{self._slot_of(parameter)} of shape {tuple(parameter.shape)} is unknown to the importance; after "
-                         "parameters were replaced, call opt.importance.bind(model.named_parameters())")
+                         "parameters were replaced, call opt.importance.bind(model.named_parameters()); new ones come by "
+                         "opt.add_param_group")
 
     def _slot_of(self, parameter: Tensor) -> str:
-        return next(f"param_groups[{g}]['params'][{s}]" for g, group in enumerate(self.inner.param_groups)
-                    for s, p in enumerate(group["params"]) if p is parameter)
+        return next((f"param_groups[{g}]['params'][{s}]" for g, group in enumerate(self.inner.param_groups)
+                     for s, p in enumerate(group["params"]) if p is parameter), "a parameter in no group")
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group to the inner optimizer; parameters of `heads` are heads, all others trunk with gamma = 0."""
         self._find_heads()
-        before = _why_undone(self.inner)
+        before = _caveat(self.inner, self.mask)
         self.inner.add_param_group(param_group)
         try:
             self._name_trunk(all_are_named=False)
         except BaseException:
             del self.inner.param_groups[-1]
             raise
-        self._warn_if_undone(before)
+        self._warn_of_caveat(before)
 
-    def _warn_if_undone(self, before: str | None) -> None:
-        """Warn where the gradient mask is undone, unless it was `before`."""
-        if self.mask == "gradient" and not before and (reason := _why_undone(self.inner)):
-            warnings.warn(f"mask='gradient' around {type(self.inner).__name__}, which {reason}: important parameters will move "
-                          "all the same; mask='update' protects them", stacklevel=3)
+    def _warn_of_caveat(self, before: str | None) -> None:
+        if not before and (caveat := _caveat(self.inner, self.mask)):
+            warnings.warn(f"mask={self.mask!r} around {type(self.inner).__name__}, which {caveat}", stacklevel=3)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.inner.param_groups for p in group["params"]]
@@ -221,10 +218,11 @@ class SPGOptimizer(Optimizer):
     def _inner_step(self, closure: Callable | None):
         """The inner optimizer's step without its hooks, which are this optimizer's and run around the masked step."""
         arguments = () if closure is None else (closure,)
-        if (patched := fused.patched_step(self.inner)) is not None:
-            return patched(*arguments)
-        step = type(self.inner).step
-        return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self.inner, *arguments)
+        step = fused.patched_step(self.inner) or partial(unwatched(type(self.inner).step), self.inner)
+        if not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks):
+            return step(*arguments)
+        with unheard(self.inner):  # a step of a user's own may call torch's, in its wrapper
+            return step(*arguments)
 
     def _generic_step(self, closure: Callable | None):
         masked_step = generic.update_masked_step if self.mask == "update" else generic.gradient_masked_step
@@ -272,7 +270,7 @@ class SPGOptimizer(Optimizer):
         trunk = self._trunk_of([p for p in self._parameters() if p.requires_grad])
         # What the losses so far were measured at, and what they were folded into.
         tensors = [*self._parameters(), *(self.importance.gamma(p) for p in trunk)]
-        arguments = (loader, losses)
+        arguments = (loader, losses, *(losses if isinstance(losses, list | tuple) else ()))  # a list may be changed in place
         first = self._interrupted.finished(arguments, tensors)
         measure(loader, losses, trunk, first, self._clear_gradients, partial(self.importance.fold, backend=self.backend),
                 lambda finished: self._interrupted.note(finished, arguments, tensors), progress)
@@ -281,7 +279,7 @@ class SPGOptimizer(Optimizer):
 
     def _clear_gradients(self) -> None:
         self.zero_grad()
-        for parameter in (*_parameters_of(self._heads), *self._named.values()):  # losses reach what others train, too
+        for parameter in (*parameters_of(self._heads), *self._named.values()):  # losses reach what others train, too
             parameter.grad = None
 
     # Checkpoints
@@ -319,6 +317,11 @@ class SPGOptimizer(Optimizer):
             return gamma
         self._gamma(parameter)  # raises unless it is a head, which holds no gamma
         return torch.zeros((), device=parameter.device)
+
+    def _shown_gamma(self, parameter: Tensor) -> Tensor | None:
+        if self.importance.gamma(parameter) is None and all(p is not parameter for p in self._parameters()):
+            return None  # it was replaced, and left its state behind
+        return self._stored_gamma(parameter)
 
     def _store_gamma(self, parameter: Tensor, gamma: Tensor) -> None:
         if (name := self.importance.name_of(parameter)) is not None:
@@ -385,23 +388,14 @@ class SPGOptimizer(Optimizer):
         self._find_heads()
 
 
-def _as_list(heads) -> list[nn.Module | Tensor]:
-    if not isinstance(heads, nn.Module | Iterable):
-        raise TypeError(f"heads: expected modules or parameters, got {type(heads).__name__}")
-    if isinstance(heads, nn.Module | Tensor):
-        return [heads]
-    return heads if isinstance(heads, list) else list(heads)  # a list may grow
-
-
-def _parameters_of(heads: list[nn.Module | Tensor]) -> list[Tensor]:
-    for i, head in enumerate(heads):
-        if not isinstance(head, nn.Module | Tensor):
-            raise TypeError(f"heads[{i}]: expected a module or a parameter, got {type(head).__name__}")
-    return [p for head in heads for p in (head.parameters() if isinstance(head, nn.Module) else (head,))]
-
-
-def _why_undone(inner: Optimizer) -> str | None:
-    """Why masking gradients protects nothing under `inner`; None if it does."""
+def _caveat(inner: Optimizer, mask: str) -> str | None:
+    """What `inner` does that does not go with `mask`; None if they go together."""
+    if isinstance(inner, torch.optim.LBFGS):
+        masked = "training may diverge" if mask == "update" else "all that is not fully important moves further than it should"
+        return f"makes one step of all parameters together: {masked}; SGD and AdamW can be masked"
+    if mask == "update":
+        return None
+    undone = "important parameters will move all the same; mask='update' protects them"
     if not isinstance(inner, torch.optim.SGD):
-        return "adapts its step to the scale of the gradient"
-    return "decays weights" if any(group.get("weight_decay") for group in inner.param_groups) else None
+        return f"adapts its step to the scale of the gradient: {undone}"
+    return f"decays weights: {undone}" if any(group.get("weight_decay") for group in inner.param_groups) else None

@@ -22,11 +22,11 @@ class State(MutableMapping):
 
     Args:
         inner: the inner optimizer's `state`.
-        read: gives a parameter's gamma as stored.
+        read: gives a parameter's gamma as stored; None for one that the optimizer no longer has.
         write: called with a parameter and its new gamma.
     """
 
-    def __init__(self, inner: MutableMapping, read: Callable[[Tensor], Tensor], write: Callable[[Tensor, Tensor], None]):
+    def __init__(self, inner: MutableMapping, read: Callable[[Tensor], Tensor | None], write: Callable[[Tensor, Tensor], None]):
         self.inner, self.read, self.write = inner, read, write
 
     def __getitem__(self, parameter: Tensor) -> "MutableMapping | object":
@@ -59,8 +59,12 @@ class _ParameterState(MutableMapping):
     def __init__(self, inner: MutableMapping, parameter: Tensor, state: State):
         self._inner, self._parameter, self._state = inner, parameter, state
 
+    def _gamma(self) -> Tensor | None:
+        return self._state.read(self._parameter)
+
     def __getitem__(self, key: str) -> object:
-        return self._state.read(self._parameter) if key == KEY else self._inner[key]
+        gamma = self._gamma() if key == KEY else None
+        return self._inner[key] if gamma is None else gamma
 
     def __setitem__(self, key: str, value: object) -> None:
         if key == KEY:
@@ -73,10 +77,11 @@ class _ParameterState(MutableMapping):
 
     def __iter__(self) -> Iterator[str]:
         yield from self._inner
-        yield KEY
+        if self._gamma() is not None:
+            yield KEY
 
     def __len__(self) -> int:
-        return len(self._inner) + 1
+        return len(self._inner) + (self._gamma() is not None)
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -124,7 +129,8 @@ def initialize(inner: Optimizer) -> None:
         without_grad = [p for p in missing if p.grad is None]
         try:
             for parameter in without_grad:
-                parameter.grad = parameter.detach().new_zeros(()).expand_as(parameter)
+                dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # newer torch lets gradients have their own
+                parameter.grad = parameter.detach().new_zeros((), dtype=dtype).expand_as(parameter)
             init_group(inner, {**group, "params": missing})
         finally:
             for parameter in without_grad:

@@ -375,7 +375,7 @@ def a_model_born_on_meta_is_sharded_then_filled(directory):
     with torch.device("meta"):
         net = Net(hidden=5)
     fully_shard(net)
-    known = Importance(small_net().named_parameters())
+    known = Importance(small_net().trunk.named_parameters("trunk"))
     known["trunk.2.weight"] = torch.full((5, 5), 0.75)
     optimizer = wrap(net, "SGD", importance=known)
     net.to_empty(device="cpu")

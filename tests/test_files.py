@@ -224,6 +224,26 @@ def test_the_mode_is_that_of_any_new_file(tmp_path):
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
 
 
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
+    importance_of(1).save(tmp_path / "a")
+    (tmp_path / "a").chmod(0o600)
+    importance_of(2).save(tmp_path / "a")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600 and same(Importance.load(tmp_path / "a"), importance_of(2))
+
+
+def test_a_directory_need_not_be_readable(tmp_path, monkeypatch):
+    opened = os.open
+
+    def refuse(path, flags, *arguments, **options):
+        if flags == os.O_RDONLY and os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)  # root may read all
+    importance_of(1).save(tmp_path / "a")
+    assert same(Importance.load(tmp_path / "a"), importance_of(1))
+
+
 def test_a_symbolic_link_is_written_through(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "latest").symlink_to("runs/a")
@@ -264,6 +284,8 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path):
     for name in ("pipe", "link"):
         with pytest.raises(OSError, match=f"not a regular file.*'{tmp_path}/pipe'$"):
             importance_of(1).save(tmp_path / name)
+    with pytest.raises(OSError, match=f"not a regular file.*'{tmp_path}/pipe'$"):
+        Importance.load(tmp_path / "pipe")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and sorted(os.listdir(tmp_path)) == ["link", "pipe"]
 
 

@@ -1,7 +1,10 @@
 """Step hooks and profilers see a step once, of a subclass too, and what torch would show them."""
 
+import functools
+
 import pytest
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from spg_kernels import SPGOptimizer
@@ -115,3 +118,58 @@ def test_a_hook_that_gives_other_arguments_is_heard(net):
     optimizer.register_step_pre_hook(lambda own, args, kwargs: ((own, lambda: torch.tensor(7.0)), {}))
     set_gradients(net.parameters())
     assert optimizer.step().item() == 7
+
+
+@pytest.mark.dropin(line=15)
+@pytest.mark.parametrize("gamma", [None, 0.5])
+@pytest.mark.parametrize("whose", ["a subclass", "torch's class"])
+def test_a_step_that_somebody_put_around_torchs_runs_and_hooks_fire_once(net, monkeypatch, whose, gamma):
+    """`functools.wraps` makes it look like torch's own wrapper, which calls the hooks."""
+    torch.optim.AdamW(net.parameters())  # from now on torch's class has the wrapper
+    calls, torchs = [], torch.optim.AdamW.step
+
+    @functools.wraps(torchs)
+    def step(self, closure=None):
+        calls.append("step")
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1e-9)
+        return torchs(self, closure)
+
+    class Own(torch.optim.AdamW):
+        pass
+
+    cls = Own if whose == "a subclass" else torch.optim.AdamW
+    monkeypatch.setattr(cls, "step", step)
+    optimizer = SPGOptimizer(cls(net.parameters(), lr=0.1, eps=1.0, weight_decay=0), heads=net.heads)
+    for name in optimizer.importance if gamma else ():
+        optimizer.importance[name] = torch.full_like(optimizer.importance[name], gamma)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    set_gradients(net.parameters())
+    before = values(net)
+    optimizer.step()
+    assert calls == ["pre", "step", "post"]
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(values(net), before)), "the gradient was clipped"
+
+
+@pytest.mark.dropin(line=15)
+def test_hooks_fire_once_after_torch_compile_has_replaced_a_step(net):
+    torch.optim.LBFGS(net.parameters())
+    torch.compile(torch.neg, backend="eager")(torch.ones(1))
+    optimizer, calls = wrap(net, "LBFGS", 0.5), []
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.step(closure_for(net, torch.randn(8, 10)))
+    assert calls == ["post"]
+
+
+@pytest.mark.dropin(line=15)
+def test_a_hook_that_the_closure_registers_on_the_inner_optimizer_stays(net):
+    optimizer, calls = wrap(net, "RMSprop", 0.5), []
+    optimizer.register_step_pre_hook(lambda *_: None)
+    closure = closure_for(net, torch.randn(8, 10))
+
+    def registers():
+        optimizer.inner.register_step_post_hook(lambda *_: calls.append("post"))
+        return closure()
+
+    optimizer.step(registers)
+    assert calls == ["post"]

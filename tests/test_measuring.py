@@ -279,12 +279,14 @@ def test_an_interrupted_pass_starts_anew_after_a_change(change):
     assert loader.passes == 3 + 4
 
 
-@pytest.mark.parametrize("other", ["loader", "losses"])
+@pytest.mark.parametrize("other", ["loader", "losses", "order"])
 def test_another_measuring_pass_is_not_the_interrupted_one(other):
     net = Net(tasks=4)
     losses, loader, optimizer = both(net)[0], Stops(tasks()[1], at=3), wrapped(net)
     with pytest.raises(KeyboardInterrupt):
         optimizer.measure_importance(loader, losses, progress=False)
+    if other == "order":
+        losses.reverse()
     second = Stops(tasks()[1], at=0) if other == "loader" else loader
     optimizer.measure_importance(second, both(net)[0] if other == "losses" else losses, progress=False)
     assert second.passes == (4 if other == "loader" else 3 + 4)

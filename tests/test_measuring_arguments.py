@@ -3,11 +3,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, IterableDataset
 
 from spg_kernels import NonFiniteGradientError, SharedTrunkLosses, SPGOptimizer, cross_head_losses
 
 from .models import Net, tasks
 from .wrapping import wrap
+
+
+class Once(IterableDataset):
+    """Gives its batches to whoever asks first."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
 
 
 def test_arguments_that_cannot_work_say_why(net):
@@ -102,7 +113,7 @@ def test_a_measuring_pass_that_cannot_work_says_why(net):
         optimizer.measure_importance(iter(batches), losses)
     with pytest.raises(TypeError, match="loader: expected something to run over.*, got NoneType"):
         optimizer.measure_importance(None, losses)
-    with pytest.raises(ValueError, match="at least one batch"):
+    with pytest.raises(ValueError, match="at least one batch, got none$"):
         optimizer.measure_importance([], losses, progress=False)
     with pytest.raises(ValueError, match="losses"):
         optimizer.measure_importance(batches, [])
@@ -113,3 +124,5 @@ def test_a_measuring_pass_that_cannot_work_says_why(net):
     assert error.value.names == ["0.0", "0.1", "0.2", "0.3"]
     assert optimizer.importance.tasks == 0 and all(p.grad is None for p in net.parameters())
     assert not optimizer.importance["0.0"].any()
+    with pytest.raises(ValueError, match="at least one batch, got none after the losses before"):
+        optimizer.measure_importance(DataLoader(Once(batches), batch_size=None), losses, progress=False)

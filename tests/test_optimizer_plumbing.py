@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from torch.optim import Optimizer
 import spg_kernels
 from spg_kernels import Importance, NonFiniteGradientError, SPGOptimizer
 
-from .models import set_gradients
-from .wrapping import INNER, closure_for, equal, train, values, wrap
+from .models import Net, set_gradients
+from .wrapping import INNER, equal, train, values, wrap
 
 
 @pytest.mark.dropin(line=10)
@@ -153,9 +154,25 @@ def test_an_importance_that_knows_none_of_the_parameters_is_an_error(net, named)
     assert len(heads.importance) == 4, "an optimizer of the heads alone"
 
 
+def test_an_importance_from_before_a_layer_was_renamed_or_removed_is_refused(net):
+    """Also one that is still in use: what its names stood for may be what was renamed."""
+    first = wrap(net, "SGD", 0.5)
+    renamed = Net()
+    renamed.trunk = nn.Sequential(OrderedDict(zip(("0", "1", "last"), renamed.trunk)))
+    removed = Net()
+    del removed.trunk[2]
+    for model in (renamed, removed):
+        with pytest.raises(ValueError, match="no parameter is called trunk.2.bias, trunk.2.weight:.*names were others"):
+            wrap(model, "SGD", importance=first.importance)
+        assert len(first.importance) == 4 and first.importance.parameter("trunk.0.bias") is net.trunk[0].bias
+
+
 @pytest.mark.parametrize("sizes", [(3, 3), (3, 4)])
 def test_a_name_is_of_one_parameter(sizes):
     layers = [nn.Linear(2, size) for size in sizes]
+    pairs = [pair for layer in layers for pair in layer.named_parameters()]
+    with pytest.raises(ValueError, match="weight: two parameters are called so"):
+        SPGOptimizer(torch.optim.SGD([p for _, p in pairs], lr=0.1), named_parameters=pairs)
     inner = torch.optim.SGD([{"params": layer.named_parameters()} for layer in layers], lr=0.1)
     with pytest.raises(ValueError, match="weight: two parameters are called so"):
         SPGOptimizer(inner)
@@ -166,6 +183,8 @@ def test_heads_hold_no_importance(net):
     inner = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="heads: heads.0.weight, heads.0.bias.* have an importance"):
         SPGOptimizer(inner, heads=net.heads, importance=Importance(net.named_parameters()))
+    with pytest.raises(ValueError, match="heads: heads.0.weight, heads.0.bias.* have an importance"):
+        wrap(net, importance=Importance(Net().named_parameters()))  # of another model's parameters, of the same names
     optimizer = SPGOptimizer(inner, heads=net.heads)
     head = nn.Linear(16, 3)
     optimizer.add_param_group({"params": head.parameters()})
@@ -247,33 +266,6 @@ def test_a_group_added_later_has_the_names_that_were_given(net, copier):
     names = ["trunk.2.weight", "trunk.2.bias", "trunk.0.weight", "trunk.0.bias"]
     assert list(optimizer.importance) == names
     assert list(wrap(net, "SGD", importance=optimizer.importance).importance) == names
-
-
-@pytest.mark.dropin(line=7)
-@pytest.mark.parametrize("inner", ["SGD", "AdamW", "RMSprop"])
-def test_replaced_parameters_are_an_error_until_bound(net, inner):
-    optimizer = wrap(net, inner, 1.0)
-    for layer in (net.trunk[0], net.trunk[2]):
-        layer.weight = nn.Parameter(layer.weight.detach().clone())
-    optimizer.param_groups[0]["params"] = list(net.parameters())
-    set_gradients(net.parameters())
-    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[0\] of shape \(16, 10\).*bind"):
-        optimizer.step()
-    assert not optimizer.inner.state
-    optimizer.importance.bind(net.named_parameters())
-    before = values(net)
-    optimizer.step()
-    assert equal(values(net), before)
-
-
-@pytest.mark.dropin(line=19)
-def test_the_model_may_change_dtype_after_it_was_wrapped(net):
-    optimizer = wrap(net, "AdamW", 1.0)
-    net.double()
-    before = values(net)
-    x = torch.randn(4, 10, dtype=torch.float64)
-    optimizer.step(closure_for(net, x))
-    assert equal(values(net), before)
 
 
 def test_another_default_device_is_nobody_elses_business(net):

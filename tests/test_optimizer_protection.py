@@ -56,6 +56,19 @@ def test_a_frozen_parameter_that_still_has_a_gradient_is_masked(net, inner, on):
     assert equal(values(net), before)
 
 
+@pytest.mark.dropin(line=1)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("inner", ["SGD", "RMSprop"])
+def test_a_frozen_parameter_without_arithmetic_is_no_hindrance_to_a_closure(net, inner, dtype):
+    frozen = nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)
+    optimizer = SPGOptimizer(INNER[inner]([*net.parameters(), frozen]), heads=[net.heads, frozen])
+    optimizer.importance["0.0"] = torch.ones(16, 10)
+    before = values(net)
+    optimizer.step(closure_for(net, torch.ones(8, 10)))
+    assert torch.equal(net.trunk[0].weight, before[0]) and not torch.equal(net.trunk[2].weight, before[2])
+    assert torch.equal(frozen.float(), torch.ones(3))
+
+
 @pytest.mark.dropin(line=4)
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("on", ["auto", "reference"])
@@ -162,6 +175,8 @@ def test_the_gradient_mask_warns_where_the_inner_optimizer_undoes_it(net):
         plain = build(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
         plain.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
         SPGOptimizer(torch.optim.AdamW(net.parameters()), heads=net.heads)
+    with pytest.warns(UserWarning, match="LBFGS, .* may diverge"):
+        SPGOptimizer(torch.optim.LBFGS(net.parameters()), heads=net.heads)
     for added in (1, 0):  # once
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -217,7 +232,8 @@ def test_eight_bit_importance_drives_the_same_step(net):
 
 
 @pytest.mark.dropin(line=2)
-@pytest.mark.compatibility("every optimizer in `torch.optim`, foreach and fused too, `mask=\"update\"`", "torch", "works")
+@pytest.mark.compatibility("every optimizer in `torch.optim`, foreach and fused too, `mask=\"update\"`", "torch",
+                           "works with a note", "LBFGS, whose step is one of all parameters together, may diverge, as a warning says")
 def test_the_list_of_inner_optimizers_is_all_of_torch(net):
     """SparseAdam alone takes nothing but sparse gradients: the test below."""
     classes = {cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)}
@@ -306,7 +322,8 @@ def test_the_gradient_mask_warns_for_every_optimizer_that_undoes_it(net, inner):
         optimizer = SPGOptimizer(INNER[inner](net.parameters()), heads=net.heads, mask="gradient", backend="reference")
     decays = any(group.get("weight_decay") for group in optimizer.param_groups)
     assert bool(caught) == (inner not in ("SGD", "SGD fused"))
-    assert not caught or "mask='update' protects" in str(caught[0].message)
+    expected = "further than it should" if inner == "LBFGS" else "mask='update' protects"
+    assert not caught or expected in str(caught[0].message)
     for name in optimizer.importance:
         optimizer.importance[name] = torch.ones_like(optimizer.importance[name])
     before = values(net)

@@ -49,7 +49,7 @@ for _class, _settings in {
 
 
 def wrap(net, inner="SGD", gamma=None, **kwargs):
-    if kwargs.get("mask") == "gradient":
+    if kwargs.get("mask") == "gradient" or inner == "LBFGS":
         warnings.simplefilter("ignore", UserWarning)
     optimizer = SPGOptimizer(INNER[inner](net.parameters()), heads=net.heads, named_parameters=net.named_parameters(), **kwargs)
     if gamma is not None:
