@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test frameworks bench clean
+.PHONY: demo test emulated frameworks bench clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/split_images.py --out split-images
@@ -12,6 +12,9 @@ test: $(VENV)/installed
 	$(RUN) -m spg_kernels
 	$(RUN) -m pytest -n auto --maxprocesses 8 tests
 	$(RUN) -m bench.report --check
+
+emulated: $(VENV)/installed
+	PTX_EVERYTHING=1 PTX_ARCHITECTURES=80,90 $(RUN) -m pytest -n auto --maxprocesses 8 tests/ptx
 
 frameworks: $(VENV)/frameworks
 	$(RUN) -m pytest -n auto --maxprocesses 8 tests/frameworks

@@ -273,7 +273,11 @@ RESIDENT = 3  # programs on a multiprocessor
 
 
 class Tiling(NamedTuple):
-    """How a device takes the work. `tile` and `step` count elements and are powers of two, 16 <= `step` <= `tile`."""
+    """How a device takes the work. `tile` and `step` count elements and are powers of two, 16 <= `step` <= `tile`.
+
+    A `step` of fewer elements than all threads load at once, 1024 of float32 and 2048 of halves, they share: only one stores
+    what several compute, and the loads of the others, of no use to anybody, race with its store.
+    """
 
     tile: int = 16384  # at most 8192 without `float64`; long enough to outweigh an item's own waits: tickets, tables, flags
     step: int = 4096  # what an iteration of the full-block loops loads
