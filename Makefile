@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m spg_kernels
-	$(RUN) -m pytest -n auto --maxprocesses 8 tests
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal tests
 	$(RUN) -m bench.report --check
 
 emulated: $(VENV)/installed

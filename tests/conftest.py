@@ -15,6 +15,14 @@ settings.register_profile("long", max_examples=20_000, deadline=None, print_blob
 settings.load_profile("short")
 
 
+# Single tests of a minute and more: first, or at the end the other processes would wait for the one that has them.
+LONG = ("test_triton_interpreter.py", "test_sanitizers.py", "test_packaging.py", "test_distributed.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(params=["reference", "native"])
 def backend(request):
     """Every backend that must run on a CPU. Native is not optional here: a test run without it proves half."""
