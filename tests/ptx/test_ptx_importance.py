@@ -11,9 +11,9 @@ from spg_kernels import reference
 from spg_kernels.backends.triton import importance, launch
 
 from .. import oracle
-from ..test_triton_importance_gpu import codes_differ_only_at_borders
+from ..test_triton_importance_gpu import check_misaligned_views
 from ..triton_cases import fold
-from ..triton_importance_interpreted import HARD, accumulate_both, assert_equals_the_oracle, zeros
+from ..triton_importance_interpreted import BOTH_STATISTICS, DEFAULT, HARD, accumulate_both, assert_equals_the_oracle, zeros
 from .emulator import PTXError
 
 if EVERYTHING:  # what every backend is held to, with `backend` of conftest.py
@@ -24,14 +24,12 @@ if EVERYTHING:  # what every backend is held to, with `backend` of conftest.py
         test_importance_keeps_relative_precision_of_small_values,
     )
 
-DEFAULT = importance.Tiling()
 # As small as tiles can be with an element for every thread: in smaller ones threads share elements, and their reads of a gamma
 # race with the store of the one that has it to store.
 SMALL = importance.Tiling(tile=2048, step=2048, group_bytes=20_000)
 SIZES = (0, 1, 2, 33, 2048, 2049, 1, 9000, 0, 5000)
 GAMMAS = [torch.float32, torch.uint8]
 DTYPES = oracle.DTYPES if EVERYTHING else [torch.float32, torch.bfloat16]
-BOTH_STATISTICS = pytest.mark.parametrize("float64", [True, False], ids=["float64", "float32"])
 
 
 @pytest.fixture
@@ -130,18 +128,7 @@ def test_a_non_finite_gradient_is_flagged_and_its_gamma_untouched(driver, use, b
                          else [(torch.bfloat16, torch.uint8)], ids=str)
 def test_misaligned_views(driver, use, dtype, gamma_dtype, float64):
     use(SMALL, float64)
-    whole = torch.randn(5001).to(dtype)
-    for skip in (1, 2, 3):
-        grad, memory = whole[skip:], torch.zeros(5010, dtype=gamma_dtype)
-        gamma = memory[skip:5001]
-        (expected,) = zeros([grad], gamma_dtype)
-        fold([gamma], [grad])
-        fold([expected], [grad.clone()])
-        if gamma_dtype == torch.float32:
-            assert (gamma - expected).abs().max() <= 1e-6
-        else:
-            assert codes_differ_only_at_borders(gamma, grad)
-        assert not memory[:skip].any() and not memory[5001:].any()
+    check_misaligned_views(dtype, gamma_dtype, 5001, "cpu")
 
 
 def test_more_than_two_to_the_31_elements(driver, tmp_path):
