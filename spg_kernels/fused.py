@@ -6,6 +6,7 @@ The wrapper can be taken off at any time: the state is what torch's own step wou
 
 from array import array
 from collections.abc import Callable
+from itertools import compress
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import distributed, ops
+from .backends.tensors import describe
 from .checks import check_scaler
 from .importance import Importance
 from .memory import check_disjoint
@@ -67,56 +69,60 @@ class FusedStep:
 
     Looking states, gammas and kernels up parameter by parameter takes longer than all else on the host, so what was found is
     kept for as long as parameters, state dictionaries and gammas are the same objects. Tensors are read from them in every
-    step.
+    step. What no kernel takes, such as a sparse gradient or a complex parameter, does not keep the others from theirs.
     """
 
     def __init__(self):
         self._found: list[_Found] = []
+        self._left: list[Tensor] = []  # parameters that have a gradient and that no kernel takes
+        self._left_like: list[tuple] = []  # what those and their gradients were
         self._seen: list = []  # where: the optimizer, its state, the importance, and each of the state's dictionaries
         self._layout = -1
         self._is_sharded = False
         self._kernels: list[ops.Kernel] = []  # of the last step's calls
         self._backend = ""
 
-    def take(self, inner: Optimizer, importance: Importance, gamma_of: Callable[[Tensor], Tensor], mask: str,
-             backend: str) -> bool:
-        """One masked step of `inner`. False, with nothing done, where a backend must refuse."""
+    def take(self, inner: Optimizer, importance: Importance, gamma_of: Callable[[Tensor], Tensor], mask: str, backend: str,
+             step_alone: Callable[[list[Tensor]], None]) -> None:
+        """One masked step of `inner`; of parameters that no kernel takes by `step_alone`, before all others move."""
         importance.update_means()
         common = {"mask": mask, **{name: getattr(inner, name, None) for name in SCALER}}
-        is_held = not torch.compiler.is_compiling() and self._holds(inner, importance)
-        if is_held and self._backend == backend and self._take_again(inner, common):
-            return True
+        is_held = not torch.compiler.is_compiling() and self._backend == backend and self._holds(inner, importance)
+        if is_held and self._take_again(inner, common, step_alone):
+            return
         # Whether parameters still have the gradients that they had is seen here, or by the kernels that were to run again.
         if not is_held or any(p.grad is None for found in self._found for p in found.params):
             self._find(inner, importance, gamma_of)
-        return self._take_anew(inner, common, backend)
+            self._backend = backend
+        self._take_anew(inner, common, step_alone)
 
-    def _take_anew(self, inner: Optimizer, common: dict, backend: str) -> bool:
+    def _take_anew(self, inner: Optimizer, common: dict, step_alone: Callable) -> None:
         calls = self._calls(inner)
-        if not calls:  # a GradScaler that saw no gradient has no tensors to give
-            return True
+        if not (calls or self._left):  # a GradScaler that saw no gradient has no tensors to give
+            return
         _check_scaler(common)
-        first = [call for call in calls if _is_first(call)]
-        if first and common["found_inf"]:
-            return True  # no step, and no momentum buffer yet: only this once the host must know, and waits for the device
-        on_shards = calls
-        if self._is_sharded:
-            on_shards = [call._replace(lists=distributed.local_lists(call.lists)) for call in calls]
+        if any(map(_is_first, calls)) and common["found_inf"]:
+            return  # no step, and no momentum buffer yet: only this once the host must know, and waits for the device
         if torch.compiler.is_compiling():
-            ops.trace(on_shards, common, backend)
-        elif (found := ops.find_kernels(on_shards, backend)) is None:
-            return False
+            ops.trace(self._on_shards(calls), common, self._backend)
         else:
-            kernels, addresses = found
+            on_shards = self._on_shards(calls)
+            kernels, addresses, refused = ops.find_kernels(on_shards, self._backend)
+            if refused:
+                self._leave({id(calls[k].lists[0][i]) for k, i in refused})
+                calls = self._calls(inner)
+                on_shards = self._on_shards(calls)
+                kernels, addresses, _ = ops.find_kernels(on_shards, self._backend)
+            if self._left:
+                step_alone(self._left)
             _launch(kernels, addresses, on_shards, common)
             if not self._is_sharded:  # each step has tensors of its own for the shards
-                self._kernels, self._backend = kernels, backend
-        for call in first:
+                self._kernels = kernels
+        for call in filter(_is_first, calls):
             for parameter, buffer in zip(call.lists[0], call.lists[3]):
                 inner.state[parameter]["momentum_buffer"] = buffer
-        return True
 
-    def _take_again(self, inner: Optimizer, common: dict) -> bool:
+    def _take_again(self, inner: Optimizer, common: dict, step_alone: Callable) -> bool:
         """The step with the last one's kernels, if they take the tensors that there are now."""
         calls = self._calls(inner) if self._kernels else []
         if not calls or len(calls) != len(self._kernels) or any(map(_is_first, calls)):
@@ -125,8 +131,24 @@ class FusedStep:
         if not all(addresses):
             return False
         _check_scaler(common)
+        if self._left:
+            step_alone(self._left)
         _launch(self._kernels, addresses, calls, common)
         return True
+
+    def _leave(self, left: set[int]) -> None:
+        """Leave these parameters, by id, to the optimizer's own step."""
+        for k, found in enumerate(self._found):
+            taken = [id(p) not in left for p in found.params]
+            self._left += [p for p, is_taken in zip(found.params, taken) if not is_taken]
+            self._found[k] = found._replace(params=list(compress(found.params, taken)), states=list(compress(found.states, taken)),
+                                            gammas=list(compress(found.gammas, taken)))
+        self._left_like = _described(self._left)
+
+    def _on_shards(self, calls: list[ops.Call]) -> list[ops.Call]:
+        if not self._is_sharded:
+            return calls
+        return [call._replace(lists=distributed.local_lists(call.lists)) for call in calls]
 
     def _calls(self, inner: Optimizer) -> list[ops.Call]:
         step = _sgd if isinstance(inner, SGD) else _adam
@@ -139,11 +161,12 @@ class FusedStep:
                 and all(same_objects(group["params"], found.group) and _names(inner, group) == found.names
                         and all(found.states)  # else emptied, to be set up anew
                         and not any(p.grad is not None for p in found.without_grad)
-                        for group, found in zip(inner.param_groups, self._found)))
+                        for group, found in zip(inner.param_groups, self._found))
+                and self._left_like == _described(self._left))  # else a kernel may take them now
 
     @torch.no_grad()
     def _find(self, inner: Optimizer, importance: Importance, gamma_of: Callable) -> None:
-        self._found, self._kernels, found = [], [], []  # an error below leaves nothing half found
+        self._found, self._left, self._left_like, self._kernels, found = [], [], [], [], []  # an error leaves nothing half found
         moving = [[p for p in group["params"] if p.grad is not None] for group in inner.param_groups]
         params = [p for own in moving for p in own]
         # Whatever refuses must do so before torch sets up a state.
@@ -167,6 +190,10 @@ def _launch(kernels: list[ops.Kernel], addresses: list[array], calls: list[ops.C
 
 def _check_scaler(common: dict) -> None:
     check_scaler(common["grad_scale"], common["found_inf"])
+
+
+def _described(parameters: list[Tensor]) -> list[tuple]:
+    return describe([*parameters, *map(_grad, parameters)])
 
 
 def _is_first(call: ops.Call) -> bool:

@@ -92,13 +92,16 @@ def gradient_masked_step(step: Callable, closure: Callable | None, parameters: l
     return loss
 
 
-def unscaled_step(step: Callable, inner: Optimizer, parameters: list[Tensor]) -> None:
-    """`step(None)` with what a GradScaler told `inner` done around it: no step, or one on unscaled copies of gradients."""
+def step_alone(step: Callable, inner: Optimizer, own: list[Tensor]) -> None:
+    """`step(None)` for which only `own` of `inner`'s parameters have a gradient, with what a GradScaler told `inner` done around
+    it: no step, or one on unscaled copies of gradients.
+    """
     told = {name: value for name, value in vars(inner).items() if name in SCALER}
-    grads = [p.grad for p in parameters]
+    moving = set(map(id, own))
+    grads = [(p, p.grad) for group in inner.param_groups for p in group["params"]]
 
     def restore() -> None:
-        for parameter, grad in zip(parameters, grads):
+        for parameter, grad in grads:
             parameter.grad = grad
         vars(inner).update(told)
 
@@ -106,10 +109,13 @@ def unscaled_step(step: Callable, inner: Optimizer, parameters: list[Tensor]) ->
         for name in told:  # or a fused inner step would unscale once more
             delattr(inner, name)
         if not told.get("found_inf"):
-            if (grad_scale := told.get("grad_scale")) is not None:
-                factor = float(grad_scale.double().reciprocal().float())  # as GradScaler.unscale_
-                for parameter, grad in zip(parameters, grads):
-                    parameter.grad = None if grad is None else grad.detach() * factor
+            grad_scale = told.get("grad_scale")
+            factor = None if grad_scale is None else float(grad_scale.double().reciprocal().float())  # as GradScaler.unscale_
+            for parameter, grad in grads:
+                if id(parameter) not in moving:
+                    parameter.grad = None
+                elif factor is not None and grad is not None:
+                    parameter.grad = grad.detach() * factor
             step(None)
         restore()
     except BaseException:

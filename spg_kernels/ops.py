@@ -96,8 +96,8 @@ def _modules(backend: str) -> list[ModuleType]:
     return [module for module in map(backend_module, _MODULES) if module.PLANS.device_type in module.DEVICE_TYPES]
 
 
-def _known(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan, array] | None:
-    """The backend that has a plan for tensors like these, the plan, and their addresses."""
+def _known(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan, array | None] | None:
+    """The backend that has a plan for tensors like these, the plan, and their addresses, or none if it refuses some tensor."""
     for module in _modules(backend):  # plans know their devices; to ask a tensor for its own takes longer
         if known := module.PLANS.known(op, lists):
             return module, *known
@@ -117,12 +117,13 @@ def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None
         ValueError, TypeError: lists that do not match. BackendError: a backend asked for by name cannot take some tensor.
     """
     try:
-        if known := _known(op, lists, backend):
-            return known
+        known = _known(op, lists, backend)
     except TypeError:  # something without a length, which is named here
-        pass
-    check_lists(op, lists)  # what is like some tensors that have passed passes
-    chosen, plan, addresses = _make(op, lists, backend)
+        known = None
+    if known and known[2] is not None:
+        return known
+    check_lists(op, lists)  # what is like some tensors that kernels took passes
+    chosen, plan, addresses = known or _make(op, lists, backend)
     if plan is not None and plan.refused and backend != "auto":
         _check_memory(op, lists)  # what no backend can take is an error of its own
         index, reason = plan.first_refusal()
@@ -230,20 +231,23 @@ class Kernel(NamedTuple):
         self.function(self.plan.launch, addresses, **call.settings, **common)
 
 
-def find_kernels(calls: list[Call], backend: str) -> tuple[list[Kernel], list[array]] | None:
-    """The kernel of every call, and its tensors' addresses. None where there is none, or where it cannot take some tensor."""
-    kernels, located = [], []
-    for op, lists, _ in calls:
+def find_kernels(calls: list[Call], backend: str) -> tuple[list[Kernel], list[array], list[tuple[int, int]]]:
+    """The kernel of every call, and its tensors' addresses; unless there are tensors that no kernel takes, the third: each one's
+    call, by position, and its own in that.
+    """
+    kernels, located, refused = [], [], []
+    for k, (op, lists, _) in enumerate(calls):
         chosen, plan, addresses = _known(op, lists, backend) or _make(op, lists, backend)
         if plan is None:
-            return None
-        if addresses is None:
-            index, reason = plan.first_refusal()
-            log.debug("%s: the generic step instead, because tensor %d of %d %s", op, index, len(lists[0]), reason)
-            return None
-        kernels.append(Kernel(getattr(chosen, op), plan))
-        located.append(addresses)
-    return kernels, located
+            refused += [(k, i) for i in range(len(lists[0]))]
+        elif addresses is None:
+            refused += [(k, i) for i in plan.refused]
+            log.debug("%s: %d of %d tensors take the generic step, the first (%d) because it %s",
+                      op, len(plan.refused), len(lists[0]), *plan.first_refusal())
+        else:
+            kernels.append(Kernel(getattr(chosen, op), plan))
+            located.append(addresses)
+    return kernels, located, refused
 
 
 def trace(calls: list[Call], common: dict, backend: str) -> None:

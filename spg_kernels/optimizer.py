@@ -32,8 +32,8 @@ class SPGOptimizer(Optimizer):
             counts too. They hold no gamma, so `importance` must not know them, and are scaled by 1 - mean(gamma).
         named_parameters: `model.named_parameters()`, to key the importance by, of groups added later too. Without it: the names
             that `importance` knows these parameters by, those the inner optimizer was built with, or "group.slot".
-        mask: "update" scales what the inner step adds to a parameter, right for every optimizer; "gradient" scales the
-            gradient, the paper's rule, which adaptive optimizers and weight decay undo.
+        mask: "update" scales what the inner step adds to a parameter, right for every torch optimizer but LBFGS, which warns;
+            "gradient" scales the gradient, the paper's rule, which adaptive optimizers and weight decay undo.
         importance: an `Importance` to go on from, as when every task gets a fresh inner optimizer.
         importance_dtype: torch.float32, or torch.uint8 for 8-bit codes; ignored if `importance` is given.
         backend: "auto", "triton", "native", or "reference": the inner optimizer's own step with the mask around it.
@@ -48,20 +48,16 @@ class SPGOptimizer(Optimizer):
                  backend: str = "auto"):
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, SPGOptimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
-        if mask not in ops.MASKS:
-            raise ValueError(f"mask: expected 'update' or 'gradient', got {mask!r}")
         if importance is not None and not isinstance(importance, Importance):
             raise TypeError(f"importance: expected an Importance, got {type(importance).__name__}")
-        if mask == "update" and callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-            raise ValueError(f"mask: {type(optimizer).__name__} moves the parameters in train() and eval() too, which undoes "
-                             "mask='update'; use mask='gradient'")
+        _check_mask(optimizer, mask)
         if getattr(optimizer, "_overlap_with_ddp", False):
             raise ValueError("optimizer: ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside backward, where no "
                              "mask reaches; use overlap_with_ddp=False")
         ops.require_backend(backend)
         self.inner = optimizer
         self.importance = Importance(dtype=importance_dtype) if importance is None else importance
-        self.mask = mask
+        self._mask = mask
         self.backend = backend
         self._heads = heads_of(heads)
         self._set_up()
@@ -85,6 +81,18 @@ class SPGOptimizer(Optimizer):
     param_groups = _of_inner("param_groups")
     defaults = _of_inner("defaults")
     grad_scale, found_inf = map(_of_inner, SCALER)  # which torch's fused optimizers look for in themselves
+
+    @property
+    def mask(self) -> str:
+        """"update" or "gradient"; may be changed between steps."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: str) -> None:
+        _check_mask(self.inner, mask)
+        before = _caveat(self.inner, self._mask)
+        self._mask = mask
+        self._warn_of_caveat(before)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -206,13 +214,12 @@ class SPGOptimizer(Optimizer):
         if not self.importance.active:
             return self._inner_step(closure)
         if self.backend == "reference" or not fused.takes(self.inner):
-            return self._generic_step(closure)
+            return self._generic_step(closure, self._parameters())
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._fused_step.take(self.inner, self.importance, self._gamma, self.mask, self.backend):
-            generic.unscaled_step(self._generic_step, self.inner, self._parameters())
+        self._fused_step.take(self.inner, self.importance, self._gamma, self.mask, self.backend, self._step_alone)
         return loss
 
     def _inner_step(self, closure: Callable | None):
@@ -224,10 +231,13 @@ class SPGOptimizer(Optimizer):
         with unheard(self.inner):  # a step of a user's own may call torch's, in its wrapper
             return step(*arguments)
 
-    def _generic_step(self, closure: Callable | None):
+    def _generic_step(self, closure: Callable | None, parameters: list[Tensor]):
         masked_step = generic.update_masked_step if self.mask == "update" else generic.gradient_masked_step
         tracked = generic.is_tracked(self.inner, self.backend)
-        return masked_step(self._inner_step, closure, self._parameters(), self._gamma, self.backend, tracked)
+        return masked_step(self._inner_step, closure, parameters, self._gamma, self.backend, tracked)
+
+    def _step_alone(self, parameters: list[Tensor]) -> None:
+        generic.step_alone(partial(self._generic_step, parameters=parameters), self.inner, parameters)
 
     def accumulate_importance(self) -> None:
         """Fold the current `.grad` of every trunk parameter into gamma; `.grad` is left alone, None changes nothing.
@@ -270,10 +280,9 @@ class SPGOptimizer(Optimizer):
         trunk = self._trunk_of([p for p in self._parameters() if p.requires_grad])
         # What the losses so far were measured at, and what they were folded into.
         tensors = [*self._parameters(), *(self.importance.gamma(p) for p in trunk)]
-        arguments = (loader, losses, *(losses if isinstance(losses, list | tuple) else ()))  # a list may be changed in place
-        first = self._interrupted.finished(arguments, tensors)
+        first = self._interrupted.finished(loader, losses, tensors)
         measure(loader, losses, trunk, first, self._clear_gradients, partial(self.importance.fold, backend=self.backend),
-                lambda finished: self._interrupted.note(finished, arguments, tensors), progress)
+                lambda finished: self._interrupted.note(finished, loader, losses, tensors), progress)
         self._interrupted = Interrupted()
         self.importance.tasks += 1
 
@@ -319,7 +328,8 @@ class SPGOptimizer(Optimizer):
         return torch.zeros((), device=parameter.device)
 
     def _shown_gamma(self, parameter: Tensor) -> Tensor | None:
-        if self.importance.gamma(parameter) is None and all(p is not parameter for p in self._parameters()):
+        is_known = id(parameter) in self._head_parameters or self.importance.gamma(parameter) is not None
+        if not is_known and all(p is not parameter for p in self._parameters()):
             return None  # it was replaced, and left its state behind
         return self._stored_gamma(parameter)
 
@@ -380,12 +390,19 @@ class SPGOptimizer(Optimizer):
 
     def __getstate__(self) -> dict:
         # As torch's own: no hooks, and no step that a scheduler patched onto this object.
-        return {key: vars(self)[key] for key in ("inner", "importance", "mask", "backend", "_heads", "_named")}
+        return {key: vars(self)[key] for key in ("inner", "importance", "_mask", "backend", "_heads", "_named")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._set_up()
         self._find_heads()
+
+
+def _check_mask(inner: Optimizer, mask: str) -> None:
+    ops.check_mask(mask)
+    if mask == "update" and callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None)):
+        raise ValueError(f"mask: {type(inner).__name__} moves the parameters in train() and eval() too, which undoes "
+                         "mask='update'; use mask='gradient'")
 
 
 def _caveat(inner: Optimizer, mask: str) -> str | None:

@@ -8,6 +8,7 @@ import torch
 
 import spg_kernels
 from spg_kernels import NonFiniteGradientError, ops, reference
+from spg_kernels.backends import native
 
 from . import oracle
 
@@ -328,6 +329,20 @@ def test_auto_takes_the_reference_for_what_native_refuses(caplog):
     assert "3 of 4 tensors take the reference" in caplog.text
     for gamma, grad in zip(gammas, grads):
         assert (gamma.double() - oracle.importance(grad)).abs().max() < 2e-6
+
+
+def test_what_native_refuses_is_looked_at_once(monkeypatch):
+    def call():
+        grads, gammas = [torch.ones(7), torch.ones(7, dtype=torch.float64), torch.ones(5)], [torch.full((n,), 0.5) for n in (7, 7, 5)]
+        spg_kernels.soft_mask_(grads, gammas)
+        assert all((grad == 0.5).all() for grad in grads)
+
+    call()
+    monkeypatch.setattr(native.PLANS, "make", None)
+    call()
+    with pytest.raises(spg_kernels.BackendError, match="tensor 1 of 3 has grads of torch.float64"):
+        spg_kernels.soft_mask_([torch.ones(7), torch.ones(7, dtype=torch.float64), torch.ones(5)],
+                               [torch.ones(n) for n in (7, 7, 5)], backend="native")
 
 
 @pytest.mark.parametrize("device, reason", [("cpu", "no library"), ("mps", "no backend has kernels there")])

@@ -365,3 +365,9 @@ def test_arguments_are_checked(net):
     hidden = type("ScheduleFree", (torch.optim.SGD,), {"train": lambda self: None, "eval": lambda self: None})
     with pytest.raises(ValueError, match="ScheduleFree.*mask='gradient'"):
         SPGOptimizer(hidden(net.parameters(), lr=0.1))
+    hides = SPGOptimizer(hidden(net.parameters(), lr=0.1), mask="gradient")
+    with pytest.raises(ValueError, match="ScheduleFree.*mask='gradient'"):
+        hides.mask = "update"
+    with pytest.raises(ValueError, match="mask.*'both'"):
+        hides.mask = "both"
+    assert hides.mask == "gradient"

@@ -175,6 +175,10 @@ def test_the_gradient_mask_warns_where_the_inner_optimizer_undoes_it(net):
         plain = build(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
         plain.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
         SPGOptimizer(torch.optim.AdamW(net.parameters()), heads=net.heads)
+    changed = SPGOptimizer(torch.optim.AdamW(net.parameters()), heads=net.heads)
+    with pytest.warns(UserWarning, match="AdamW.*adapts") as warned:
+        changed.mask = "gradient"
+    assert warned[0].filename == __file__
     with pytest.warns(UserWarning, match="LBFGS, .* may diverge"):
         SPGOptimizer(torch.optim.LBFGS(net.parameters()), heads=net.heads)
     for added in (1, 0):  # once

@@ -36,8 +36,11 @@ class Plan:
                    for i in range(len(lists[0])))
         self.refused: dict[int, str] = {i: reason for i, reason in reasons if reason}
         self.launch: Any = None if self.refused else build(op, named)
-        # Gives the addresses of tensors that are like this plan's own in all but addresses and numbers; None for others.
-        self.locate: Callable[[Lists], array | None] | None = None if self.refused else _locator(op, lists)
+        # Gives the addresses of tensors that are like this plan's own in all but addresses and numbers; None for others. There is
+        # none for tensors that are no plain strided ones, which alone are described in full.
+        self.locate: Callable[[Lists], array | None] | None = None
+        if not self.refused or all(type(t) in PLAIN and t.layout == torch.strided for tensors in lists for t in tensors):
+            self.locate = _locator(op, lists)
         self._disjoint_at: set[bytes] = set()
 
     def is_disjoint(self, addresses: array) -> bool:
@@ -61,24 +64,26 @@ class Plans:
         self.build = build
         self._plans: dict[tuple, list[Plan]] = {}
 
-    def known(self, op: str, lists: Lists) -> tuple[Plan, array] | None:
-        """The plan of an earlier call whose tensors were like these, and these tensors' addresses."""
+    def known(self, op: str, lists: Lists) -> tuple[Plan, array | None] | None:
+        """The plan of an earlier call whose tensors were like these, and these tensors' addresses; without those if it refuses
+        some tensor.
+        """
         for plan in self._plans.get((op, *map(len, lists)), ()):
             if (addresses := plan.locate(lists)) is not None:
-                return plan, addresses
+                return plan, None if plan.refused else addresses
         return None
 
     def make(self, op: str, lists: Lists) -> tuple[Plan, array | None]:
         """A plan for these tensors, of which none is known, and their addresses; without those if it refuses some tensor."""
         plan = Plan(op, lists, self.device_type, self.build)
-        if plan.refused:
+        if plan.locate is None:
             return plan, None
         known = self._plans.setdefault((op, *map(len, lists)), [])
         known.insert(0, plan)
         del known[_PLANS_PER_KEY:]
         for key in list(self._plans)[:-_KEYS]:  # in one go: other threads make plans too
             self._plans.pop(key, None)
-        return plan, addresses_of(lists)
+        return plan, None if plan.refused else addresses_of(lists)
 
 
 def _locator(op: str, lists: Lists) -> Callable[[Lists], array | None]:

@@ -99,8 +99,8 @@ def _by_guard(lists: Lists) -> Callable[[Lists], array | None]:
 def _guard(tensors: list[Tensor]) -> Callable[[list[Tensor]], bool]:
     """A function that says whether tensors have the types, dtypes, devices, shapes and strides of these."""
     if TensorGuards is None:
-        described = _describe(tensors)
-        return lambda others: _describe(others) == described
+        described = describe(tensors)
+        return lambda others: describe(others) == described
     # It says no to a tensor that comes twice, as the heads' one gamma does: repeats are held to the place they repeat.
     first: dict[int, int] = {}
     repeats = [(i, first[id(t)]) for i, t in enumerate(tensors) if first.setdefault(id(t), i) != i]
@@ -112,6 +112,7 @@ def _guard(tensors: list[Tensor]) -> Callable[[list[Tensor]], bool]:
     return lambda others: all([others[i] is others[j] for i, j in repeats]) and guards.check(*[others[i] for i in kept])
 
 
-def _describe(tensors: list[Tensor]) -> list[tuple]:
+def describe(tensors: list[Tensor]) -> list[tuple]:
+    """All that there is to say of tensors besides their addresses and numbers; of what is none, its type."""
     return [(type(t), isinstance(t, Tensor) and t.layout == torch.strided and (t.dtype, t.device, t.shape, t.stride()))
             for t in tensors]
