@@ -31,11 +31,11 @@ static inline float load(const Bfloat16* at) { return float_of(uint32_t(at->bits
 
 static inline void store(float* at, float value) { *at = value; }
 
+// `value` is what arithmetic gave, or was bfloat16 before. A NaN of those is still one when it is cut; to round it could carry.
 static inline void store(Bfloat16* at, float value) {
   const uint32_t bits = bits_of(value);
-  const float rounded = float_of(bits + 0x7fff + ((bits >> 16) & 1));
-  const float quiet = float_of(bits | 0x400000);  // a payload cut to 0 would read as inf
-  at->bits = uint16_t(bits_of(select(mask_if(value != value), quiet, rounded)) >> 16);
+  const uint32_t half = 0x7fff + ((bits >> 16) & 1);
+  at->bits = uint16_t((bits + (half & mask_if(value == value))) >> 16);
 }
 
 // float16 goes through float32 scratch, sixteen elements at a time: no compiler finds the instructions for it in a loop.
