@@ -2,48 +2,12 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 from torch import Tensor
 
 from . import distributed, files, ops
-
-
-@dataclass(frozen=True)
-class LayerCapacity:
-    """How much of one parameter tensor is used up: mean gamma, shares of its elements with gamma > 0.5 and > 0.99."""
-
-    name: str
-    elements: int
-    mean: float
-    above_half: float
-    above_99: float
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """The capacity table: a row per parameter tensor, and the factor 1 - mean(gamma) that the heads move by."""
-
-    rows: tuple[LayerCapacity, ...]
-    head_factor: float
-    tasks: int
-
-    def __str__(self) -> str:
-        table = Table(Column("parameter", overflow="fold"),  # long names differ in their ends
-                      title=f"capacity after {self.tasks} tasks; heads move by {self.head_factor:.4f}")
-        for column in ("elements", "mean gamma", "gamma > 0.5", "gamma > 0.99"):
-            table.add_column(column, justify="right")
-        for row in self.rows:
-            shares = f"{row.above_half:.1%}", f"{row.above_99:.1%}"
-            table.add_row(escape(row.name), f"{row.elements:,}", f"{row.mean:.4f}", *shares)
-        console = Console(width=100)
-        with console.capture() as text:
-            console.print(table)
-        return text.get()
+from .capacity import Capacity, LayerCapacity, totals_of
 
 
 def as_named(named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -71,6 +35,9 @@ def by_name(named_parameters: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]
     return parameters
 
 
+_version = Tensor._version.__get__
+
+
 class Importance(Mapping):
     """gamma, the importance of every trunk parameter to the tasks so far, by parameter name.
 
@@ -92,15 +59,25 @@ class Importance(Mapping):
             raise ValueError(f"dtype: expected torch.float32 or torch.uint8 (8-bit codes), got {dtype}")
         self.dtype = dtype
         self.tasks = 0
-        self.active = False  # whether any gamma may differ from 0
         self.layout = 0  # grows when a parameter gets another gamma tensor, not when numbers change
+        self._active = False
         self._gammas: dict[str, Tensor] = {}  # as stored: float32 or codes
+        self._versions: dict[str, int] = {}  # of these tensors when their numbers were last known, in the same order
         self._parameters: dict[str, Tensor] = {}
         self._names: dict[int, str] = {}
         self._means: dict[torch.device, Tensor] = {}
         self._means_are_stale = False
-        for name, parameter in as_named(named_parameters):
-            self.add(name, parameter)
+        self._add_all(as_named(named_parameters))
+
+    @property
+    def active(self) -> bool:
+        """Whether any gamma may differ from 0: one was measured, or set, or written to where it was handed out as it is stored."""
+        if not self._active and self._was_written():
+            self._active = True
+        return self._active
+
+    def _was_written(self) -> bool:
+        return not torch.compiler.is_compiling() and list(map(_version, self._gammas.values())) != list(self._versions.values())
 
     # Names and parameters
 
@@ -116,7 +93,9 @@ class Importance(Mapping):
         if name not in self._gammas:
             self._gammas[name] = torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)
         else:
+            self._active = self._active or _version(self._gammas[name]) != self._versions[name]
             self._gammas[name] = _placed(self._gammas[name], parameter)
+        self._versions[name] = _version(self._gammas[name])
         if name in self._parameters:
             del self._names[id(self._parameters[name])]
         self._parameters[name] = parameter
@@ -155,8 +134,11 @@ class Importance(Mapping):
         self._add_all(named_parameters)
 
     def _add_all(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
+        names = {id(parameter): name for name, parameter in by_name(named_parameters).items()}
         for name, parameter in named_parameters:
             self._check_parameter(name, parameter)
+            if names[id(parameter)] != name:
+                raise ValueError(f"{name}: this parameter is also called {names[id(parameter)]}")
         for name, parameter in named_parameters:
             self.add(name, parameter)
 
@@ -245,7 +227,7 @@ class Importance(Mapping):
 
     def _will_change(self, active: bool) -> None:
         # Before any gamma changes, not after: whatever interrupts the change, the next step masks by what it left.
-        self.active = self.active or active
+        self._active = self.active or active
         self._means_are_stale = True
 
     def mean(self) -> Tensor:
@@ -255,24 +237,30 @@ class Importance(Mapping):
 
     def mean_on(self, device: torch.device) -> Tensor:
         """`mean()` on `device`. One tensor for good, brought up to date in place: a captured CUDA graph keeps its address."""
-        self.update_means()
         if device not in self._means:
             with torch.inference_mode(False):  # a tensor made in it could not be brought up to date outside
-                self._means[device] = distributed.mean_gamma(list(self._gammas.values()), device)
+                self._means[device] = torch.zeros((), device=device)
+            self._means_are_stale = True
+        self.update_means()
         return self._means[device]
 
     def update_means(self) -> None:
         """Bring the tensors of `mean_on` up to date, if gamma has changed."""
-        if self._means_are_stale:
+        if self._means and (self._means_are_stale or self._was_written()):
+            self._active = self.active
             for kept in self._means.values():
                 kept.copy_(distributed.mean_gamma(list(self._gammas.values()), kept.device))
+            self._note_versions()
             self._means_are_stale = False
+
+    def _note_versions(self) -> None:
+        self._versions = {name: _version(gamma) for name, gamma in self._gammas.items()}
 
     def summary(self) -> Capacity:
         """The capacity table: how much of each parameter tensor the tasks so far have used up. `print` it, or read `.rows`."""
         rows = []
         for name, gamma in self._gammas.items():
-            shares = [total / max(1, gamma.numel()) for total in distributed.totals(gamma, _capacity)]
+            shares = [total / max(1, gamma.numel()) for total in distributed.totals(gamma, totals_of)]
             rows.append(LayerCapacity(name, gamma.numel(), *shares))
         return Capacity(tuple(rows), 1 - float(self.mean()), self.tasks)
 
@@ -290,6 +278,8 @@ class Importance(Mapping):
                 raise ValueError(f"{name}: no parameter of that name has an importance here")
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+            if value.layout != torch.strided or value.is_meta:
+                raise TypeError(f"{name}: expected a strided tensor with values, got {value.layout} on {value.device}")
             self._check_shape(name, value)
             value = distributed.placed(value.detach(), self._gammas[name])
             stored[name] = _as_stored(name, value, self.dtype).to(self._gammas[name].device)
@@ -311,6 +301,7 @@ class Importance(Mapping):
         self._will_change(any(distributed.some(value) for value in checked.values()))
         for name, value in checked.items():
             self._gammas[name].copy_(value)
+            self._versions[name] = _version(self._gammas[name])
 
     def state_dict(self) -> dict:
         """{"version", "tasks", "gammas": {name: tensor as stored}}."""
@@ -362,6 +353,7 @@ class Importance(Mapping):
         gammas, tasks, dtype = files.read(path)
         importance = cls(dtype=dtype)
         importance._gammas = {name: torch.zeros_like(gamma) for name, gamma in gammas.items()}
+        importance._note_versions()
         try:
             importance.store(gammas)
         except ValueError as error:
@@ -369,18 +361,19 @@ class Importance(Mapping):
         importance.tasks = tasks
         return importance
 
+    def __copy__(self) -> "Importance":
+        copied = type(self).__new__(type(self))
+        gammas = {name: gamma.clone() for name, gamma in self._gammas.items()}
+        copied.__setstate__({**self.__getstate__(), "_gammas": gammas, "_parameters": dict(self._parameters)})
+        return copied
+
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_names": None, "_means": {}}
+        return {**self.__dict__, "_active": self.active, "_versions": None, "_names": None, "_means": {}}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
-
-
-def _capacity(piece: Tensor) -> Tensor:
-    """The sum of gammas, and how many are above 0.5 and 0.99."""
-    gamma = ops.decode(piece) if piece.dtype == torch.uint8 else piece
-    return torch.stack([part.sum(dtype=torch.float64) for part in (gamma, gamma > 0.5, gamma > 0.99)])
+        self._note_versions()
 
 
 def _lies_as(gamma: Tensor, parameter: Tensor) -> bool:
@@ -403,7 +396,7 @@ def _as_stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value`, gammas in [0, 1] or uint8 codes, as `dtype` stores it."""
     if value.dtype == torch.uint8:
         return value if dtype == torch.uint8 else distributed.on_shards(ops.decode, value)
-    if not value.is_floating_point():
+    if not value.is_floating_point() or value.dtype.itemsize == 1:  # float8 has no comparison
         raise TypeError(f"{name}: expected floating point gammas or torch.uint8 codes, got {value.dtype}")
     if distributed.some(distributed.on_shards(_outside, value)):
         seen = distributed.whole(value)

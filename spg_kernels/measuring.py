@@ -1,5 +1,6 @@
 """The measuring pass after a task: the losses of cross-head importance, and the sweeps over the data for their gradients."""
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -61,8 +62,8 @@ class SharedTrunkLosses(Sequence):
             and one more for the batch at hand. Heads that do not fit take another sweep; under three, one pass a head.
 
     Raises:
-        TypeError: `heads` is no sequence; in a pass, a batch is no pair or the trunk gives no tensor. ValueError: no such
-            task, or no head for it.
+        TypeError: `heads` is no sequence; in a pass, a batch is no pair, the trunk gives no tensor, or hides parameters in such
+            checkpoints. ValueError: no such task, or no head for it.
     """
 
     def __init__(self, trunk: Callable[[Tensor], Tensor], heads: Sequence[nn.Module] | nn.ModuleList, task: int,
@@ -107,12 +108,15 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
     Raises:
         ValueError: there is no loss, no batch, or no gradient from any loss. TypeError: no list of such losses.
     """
-    if not isinstance(losses, Iterable):
+    if isinstance(losses, Mapping) or not isinstance(losses, Iterable):
         raise TypeError(f"losses: expected a list of functions, as cross_head_losses gives, got {type(losses).__name__}")
     if not isinstance(losses, Sequence):
         losses = list(losses)
     if not losses:
         raise ValueError("losses: expected at least one, got none")
+    for i, loss in enumerate(losses):
+        if not callable(loss):
+            raise TypeError(f"losses[{i}]: expected a function of a batch, got {type(loss).__name__}")
     if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise TypeError(f"loader: expected something to run over, such as a DataLoader, got {type(loader).__name__}")
     if isinstance(loader, Iterator):
@@ -123,8 +127,8 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
     sums_of = _shared_sums if together > 1 else _plain_sums
     reached = first > 0
     try:
-        with torch.enable_grad(), tqdm(total=_batches(loader, len(sweeps)), desc="importance", unit="batch",
-                                       disable=not progress, leave=False) as bar:
+        with (torch.inference_mode(False), torch.enable_grad(),
+              tqdm(total=_batches(loader, len(sweeps)), desc="importance", unit="batch", disable=not progress, leave=False) as bar):
             for sweep in sweeps:
                 which = f"losses {sweep[0] + 1} to {sweep[-1] + 1}" if together > 1 else f"loss {sweep[0] + 1}"
                 bar.set_postfix_str(f"{which} of {len(losses)}")
@@ -187,13 +191,27 @@ def _probe(outputs: Tensor, of: str) -> Tensor:
 def _shared_sums(batches: Iterable, losses: SharedTrunkLosses, sweep: range, parameters: Sequence[Tensor]) -> list[list]:
     """Each loss's gradient sums, None for a parameter that it does not reach."""
     sums: list[list[Tensor | None]] = [[None] * len(parameters) for _ in sweep]
-    for batch in batches:
+    for is_first, batch in zip(itertools.chain([True], itertools.repeat(False)), batches):
         for own, head, loss in zip(sums, sweep, losses.of_batch(sweep, batch)):
             # The last head frees what the trunk's graph holds, before the next batch makes another.
             retain = head != sweep[-1]
             gradients = torch.autograd.grad(_scalar(loss, head), parameters, retain_graph=retain, allow_unused=True)
+            if is_first and any(gradient is None for gradient in gradients):
+                _refuse_reentrant_checkpoint(loss)
             _add(own, gradients, parameters)
     return sums
+
+
+def _refuse_reentrant_checkpoint(loss: Tensor) -> None:
+    """torch.autograd.grad only fails in such a block where something before it is trained; else it passes the block by."""
+    nodes, seen = [loss.grad_fn], {None}
+    while nodes:
+        if (node := nodes.pop()) not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            if node.name() == "CheckpointFunctionBackward":
+                raise TypeError("trunk: it has activation checkpoints with use_reentrant=True, which hide parameters from "
+                                "torch.autograd.grad; make them with use_reentrant=False, or measure with cross_head_losses")
 
 
 @torch.no_grad()

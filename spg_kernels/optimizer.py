@@ -1,7 +1,8 @@
 """SPGOptimizer: a torch optimizer around a torch optimizer, that lets important parameters move less."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from functools import partial
 
 import torch
@@ -9,12 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import fused, generic, ops
-from .files import check_tasks
+from .checkpoints import by_key, taken_apart
 from .heads import heads_of, parameters_of, refuse_known
 from .hooks import unheard, unwatched, watched
 from .importance import Importance, as_named, by_name
 from .measuring import Interrupted, measure
-from .state import KEY, SCALER, TASKS, State, initialize, recover_codes, without_importance
+from .state import KEY, SCALER, TASKS, State, forget_rates, initialize, without_importance
 
 
 def _of_inner(name: str) -> property:
@@ -72,10 +73,13 @@ class SPGOptimizer(Optimizer):
         # Optimizer.__init__ would take over the parameter groups; its __setstate__ makes what else the base class needs.
         Optimizer.__setstate__(self, {})
         # Step hooks of the inner optimizer are this one's: they fire once, around the masked step.
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):  # wrappers may do without, as this one does
+            vars(self.inner).setdefault(hooks, OrderedDict())
         self._optimizer_step_pre_hooks = self.inner._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = self.inner._optimizer_step_post_hooks
         self._head_parameters: dict[int, Tensor] = {}
         self._fused_step = fused.FusedStep()
+        self._may_be_ahead = True  # whether the inner state may be set up for parameters that were not stepped yet
         self._interrupted = Interrupted()
 
     param_groups = _of_inner("param_groups")
@@ -184,11 +188,11 @@ class SPGOptimizer(Optimizer):
         before = _caveat(self.inner, self.mask)
         self.inner.add_param_group(param_group)
         try:
+            self._warn_of_caveat(before)
             self._name_trunk(all_are_named=False)
         except BaseException:
             del self.inner.param_groups[-1]
             raise
-        self._warn_of_caveat(before)
 
     def _warn_of_caveat(self, before: str | None) -> None:
         if not before and (caveat := _caveat(self.inner, self.mask)):
@@ -200,7 +204,7 @@ class SPGOptimizer(Optimizer):
     # The step
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.inner.zero_grad(set_to_none)
+        self.inner.zero_grad() if set_to_none else self.inner.zero_grad(False)  # older optimizers' takes no argument
 
     @watched
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -224,6 +228,9 @@ class SPGOptimizer(Optimizer):
 
     def _inner_step(self, closure: Callable | None):
         """The inner optimizer's step without its hooks, which are this optimizer's and run around the masked step."""
+        if self._may_be_ahead:
+            forget_rates(self.inner)
+            self._may_be_ahead = False
         arguments = () if closure is None else (closure,)
         step = fused.patched_step(self.inner) or partial(unwatched(type(self.inner).step), self.inner)
         if not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks):
@@ -279,16 +286,20 @@ class SPGOptimizer(Optimizer):
         """
         trunk = self._trunk_of([p for p in self._parameters() if p.requires_grad])
         # What the losses so far were measured at, and what they were folded into.
-        tensors = [*self._parameters(), *(self.importance.gamma(p) for p in trunk)]
+        tensors = [*self._parameters(), *self._others(), *(self.importance.gamma(p) for p in trunk)]
         first = self._interrupted.finished(loader, losses, tensors)
         measure(loader, losses, trunk, first, self._clear_gradients, partial(self.importance.fold, backend=self.backend),
                 lambda finished: self._interrupted.note(finished, loader, losses, tensors), progress)
         self._interrupted = Interrupted()
         self.importance.tasks += 1
 
+    def _others(self) -> list[Tensor]:
+        """Parameters that losses reach, though another optimizer may train them."""
+        return [*parameters_of(self._heads), *self._named.values()]
+
     def _clear_gradients(self) -> None:
         self.zero_grad()
-        for parameter in (*parameters_of(self._heads), *self._named.values()):  # losses reach what others train, too
+        for parameter in (*self._parameters(), *self._others()):  # an older optimizer's zero_grad may leave zeros
             parameter.grad = None
 
     # Checkpoints
@@ -304,21 +315,19 @@ class SPGOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         initialize(self.inner)
+        self._may_be_ahead = True
         state_dict = self.inner.state_dict()
         if "state" not in state_dict:
             raise TypeError(f"{type(self.inner).__name__}.state_dict() has {sorted(state_dict)} and no 'state' to put the "
                             "importance into: save it and opt.importance.state_dict() side by side")
         state_dict["state"] = {**state_dict["state"], **{
-            i: {**state_dict["state"].get(i, {}), KEY: self._stored_gamma(p)} for i, p in self._by_key(state_dict).items()}}
+            i: {**state_dict["state"].get(i, {}), KEY: self._stored_gamma(p)}
+            for i, p in by_key(state_dict, self._parameters()).items()}}
         state_dict[TASKS] = self.importance.tasks
         for hook in self._optimizer_state_dict_post_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
         return state_dict
-
-    def _by_key(self, state_dict: dict) -> dict[int | str, Tensor]:
-        """The parameters by what the groups of a state dict call them: a number or, torch.distributed.checkpoint, a name."""
-        return dict(zip((key for group in state_dict["param_groups"] for key in group["params"]), self._parameters()))
 
     def _stored_gamma(self, parameter: Tensor) -> Tensor:
         gamma = self.importance.gamma(parameter)
@@ -347,55 +356,26 @@ class SPGOptimizer(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
-        if not (isinstance(groups, Sequence) and all(isinstance(group, Mapping) and "params" in group for group in groups)
-                and isinstance(state_dict.get("state"), Mapping)):
-            raise ValueError("state_dict: expected 'state' and 'param_groups' with 'params' in each, as state_dict() gives them")
-        saved = self._by_key(state_dict)
-        gammas, inner_state = {}, {}
-        for i, state in state_dict["state"].items():
-            inner_state[i] = without_importance(state)
-            if i in saved and KEY in state:
-                if not isinstance(state[KEY], Tensor):
-                    raise TypeError(f"state[{i!r}][{KEY!r}]: expected a tensor, got {type(state[KEY]).__name__}")
-                name = self.importance.name_of(saved[i])
-                if name is not None:
-                    gammas[name] = state[KEY]
-                elif state[KEY].dim():
-                    raise ValueError(f"{self._slot_of(saved[i])} has an importance in this checkpoint but is a head here")
-            if not inner_state[i]:
-                del inner_state[i]  # it held the importance alone
-        gammas = recover_codes(gammas)
-        self.importance.check(gammas)
-        tasks = state_dict.get(TASKS, self.importance.tasks)
-        check_tasks(tasks)
-        if gammas:
-            self._warn_of_missing(gammas)
+        gammas, tasks, inner = taken_apart(state_dict, self._parameters(), self.importance, self._slot_of)
         before = self.inner.state, self.inner.param_groups  # which torch's optimizers replace, not change
         try:
-            self.inner.load_state_dict({**{key: value for key, value in state_dict.items() if key != TASKS}, "state": inner_state})
+            self.inner.load_state_dict(inner)
         except BaseException:
             self.inner.state, self.inner.param_groups = before
             raise
+        self._may_be_ahead = True
         self.importance.store(gammas)
         self.importance.tasks = tasks
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    def _warn_of_missing(self, gammas: Mapping[str, Tensor]) -> None:
-        names = [self.importance.name_of(p) for p in self._parameters() if p.requires_grad]
-        if missing := [name for name in names if name is not None and name not in gammas]:
-            warnings.warn(f"state_dict: it has an importance for other parameters but none for {', '.join(missing)}; theirs stays "
-                          "what it was", stacklevel=3)
 
     def __getstate__(self) -> dict:
         # As torch's own: no hooks, and no step that a scheduler patched onto this object.
         return {key: vars(self)[key] for key in ("inner", "importance", "_mask", "backend", "_heads", "_named")}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state)  # heads that hold this optimizer have no parameters yet: they are looked for when needed
         self._set_up()
-        self._find_heads()
 
 
 def _check_mask(inner: Optimizer, mask: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import ASGD, Optimizer, Rprop
 
 KEY = "spg_importance"  # of a parameter's gamma in its state and in the state dict
 TASKS = "spg_tasks"  # of the number of tasks so far, in the state dict beside "state"
@@ -99,19 +99,6 @@ def without_importance(entry: object) -> object:
     return entry
 
 
-def recover_codes(gammas: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The importance of a checkpoint, as 8-bit codes again if a plain optimizer has loaded and saved it.
-
-    torch casts state to its parameter's dtype. Whole numbers throughout the checkpoint, one of them above 1 where gammas
-    end, can only be codes: what was measured holds codes of 20 and more, since in every tensor some |z| exceeds 0.7.
-    """
-    values = list(gammas.values())
-    whole = all(bool(((g == g.round()) & (g >= 0) & (g <= 255)).all()) for g in values)
-    if whole and any(g.is_floating_point() and bool((g > 1).any()) for g in values):
-        return {name: gamma.to(torch.uint8) for name, gamma in gammas.items()}
-    return gammas
-
-
 def init_group(inner: Optimizer, group: dict) -> None:
     """Let torch set up the state of a group's parameters, those with a gradient, as a step does before all else."""
     lists = list(inspect.signature(inner._init_group).parameters)[1:]  # to fill; before torch 2.7 AdamW's amsgrad too
@@ -135,3 +122,13 @@ def initialize(inner: Optimizer) -> None:
         finally:
             for parameter in without_grad:
                 parameter.grad = None
+
+
+def forget_rates(inner: Optimizer) -> None:
+    """Rprop and ASGD keep the learning rate in a parameter's state, as it is in the first step that sees its gradient. A state that
+    `initialize` made, for a checkpoint, keeps an earlier one: that step shall make it anew.
+    """
+    if isinstance(inner, Rprop | ASGD):
+        for parameter, entry in list(inner.state.items()):
+            if "step" in entry and not entry["step"]:
+                del inner.state[parameter]

@@ -55,7 +55,7 @@ def wrap(net, inner="SGD", gamma=None, **kwargs):
     if gamma is not None:
         for name in optimizer.importance:
             optimizer.importance[name] = torch.full(optimizer.importance[name].shape, gamma)
-        optimizer.importance.active = True
+        optimizer.importance._active = True
     return optimizer
 
 
