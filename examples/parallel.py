@@ -11,6 +11,7 @@ the order in which float32 numbers are added up.
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ import models
 import report
 from data import Batches, load, split
 from methods import Run, evaluate
+from split_images import positive_integer
 from spg_kernels import SPGOptimizer, cross_head_losses
 
 TASKS, BATCH_SIZE, SEED = 5, 32, 0
@@ -90,8 +92,10 @@ def table(runs: list[Run]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parallel", choices=["none", "ddp", "fsdp2"], default="none", help="needs torchrun unless none")
-    parser.add_argument("--epochs", type=int, default=20, help="per task (default: 20)")
+    parser.add_argument("--epochs", type=positive_integer, default=20, help="per task (default: 20)")
     options = parser.parse_args()
+    if options.parallel != "none" and "RANK" not in os.environ:
+        parser.error(f"--parallel {options.parallel} needs processes: torchrun --nproc-per-node 2 {parser.prog} ...")
     rank, world = 0, 1
     if options.parallel != "none":
         dist.init_process_group("gloo")

@@ -44,6 +44,8 @@ def taken_apart(state_dict: dict, parameters: list[Tensor], importance: Importan
             if not isinstance(state[KEY], Tensor):
                 raise TypeError(f"state[{key!r}][{KEY!r}]: expected a tensor, got {type(state[KEY]).__name__}")
             name = importance.name_of(saved[key])
+            if name is not None and state[KEY].dim() == 0 < saved[key].dim():
+                raise ValueError(f"{name}: is a head in this checkpoint but has an importance here; give `heads` to the optimizer")
             if name is not None:
                 gammas[name] = state[KEY]
             elif state[KEY].dim():

@@ -90,9 +90,13 @@ _CHECKS = {"accumulate_importance_": _check_accumulate, "soft_mask_": _check_sof
            "masked_sgd_": _check_sgd, "masked_adamw_": _check_adamw}
 
 
-def _check_tensors(name: str, tensors: list[Tensor]) -> None:
+def check_list(name: str, tensors: list[Tensor]) -> None:
     if not isinstance(tensors, (list, tuple)):  # not a union, which the compiler of torch 2.6 cannot follow
         raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
+
+
+def _check_tensors(name: str, tensors: list[Tensor]) -> None:
+    check_list(name, tensors)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):  # as the gradient of a parameter that was not used, None
             raise TypeError(f"{name}[{i}]: expected a tensor, got {type(tensor).__name__}")

@@ -38,6 +38,16 @@ def by_name(named_parameters: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]
 _version = Tensor._version.__get__
 
 
+class _OfTheClass(classmethod):
+    """A class method that no instance has: it would seem to change that."""
+
+    def __get__(self, instance: object, owner: type | None = None):
+        if instance is not None:
+            raise AttributeError("load makes a new Importance: give Importance.load(path) to SPGOptimizer(..., importance=...), or its "
+                                 "state_dict() to load_state_dict()")
+        return super().__get__(None, owner)
+
+
 class Importance(Mapping):
     """gamma, the importance of every trunk parameter to the tasks so far, by parameter name.
 
@@ -56,7 +66,7 @@ class Importance(Mapping):
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]] = (), dtype: torch.dtype = torch.float32):
         if dtype not in ops.GAMMA_DTYPES:
-            raise ValueError(f"dtype: expected torch.float32 or torch.uint8 (8-bit codes), got {dtype}")
+            raise ValueError(f"dtype: expected torch.float32 or torch.uint8 (8-bit codes), got {dtype!r}")
         self.dtype = dtype
         self.tasks = 0
         self.layout = 0  # grows when a parameter gets another gamma tensor, not when numbers change
@@ -343,7 +353,7 @@ class Importance(Mapping):
         if writes:
             files.write(path, gammas, self.tasks, self.dtype)
 
-    @classmethod
+    @_OfTheClass
     def load(cls, path: str | os.PathLike) -> "Importance":
         """Read what `save` wrote; the parameters are attached by `bind`, or by handing it to SPGOptimizer.
 

@@ -62,7 +62,7 @@ class SharedTrunkLosses(Sequence):
             and one more for the batch at hand. Heads that do not fit take another sweep; under three, one pass a head.
 
     Raises:
-        TypeError: `heads` is no sequence; in a pass, a batch is no pair, the trunk gives no tensor, or hides parameters in such
+        TypeError: `heads` is no sequence of modules, `memory` no number; in a pass, a batch is no pair, the trunk gives no tensor, or hides parameters in such
             checkpoints. ValueError: no such task, or no head for it.
     """
 
@@ -71,6 +71,11 @@ class SharedTrunkLosses(Sequence):
         _check_task(task)
         if not isinstance(heads, Sequence | nn.ModuleList):
             raise TypeError(f"heads: expected a sequence of modules, got {type(heads).__name__}")
+        for i, head in enumerate(heads):
+            if not isinstance(head, nn.Module):
+                raise TypeError(f"heads[{i}]: expected a module, got {type(head).__name__}")
+        if not isinstance(memory, int | float):
+            raise TypeError(f"memory: expected a number of bytes, got {type(memory).__name__}")
         if len(heads) <= task:
             raise ValueError(f"heads: expected at least {task + 1}, one for each of the tasks 0 to {task}, got {len(heads)}")
         self.trunk, self.heads, self.task, self.loss, self.memory = trunk, heads, task, loss, memory
@@ -97,9 +102,10 @@ class SharedTrunkLosses(Sequence):
 
 def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[Tensor], first: int, clear: Callable[[], None],
             fold: Fold, finished: Callable[[int], None], progress: bool) -> None:
-    """Sum the gradients of each loss from the `first` on over `loader` and `fold` them in.
+    """Sum the gradients of each loss over `loader` and `fold` them in.
 
     Args:
+        first: losses that are folded in already.
         parameters: the trunk's, whose gradients are wanted.
         clear: clears every `.grad`.
         fold: takes (parameter, gradient) pairs of one loss.
@@ -123,18 +129,21 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
         raise ValueError("loader: expected something to run over once a loss, such as a DataLoader; "
                          "an iterator is empty after the first")
     together = _losses_together(losses, parameters)
-    sweeps = [range(start, min(start + together, len(losses))) for start in range(first, len(losses), together)]
+    # From the last to the first: a task's own loss is the one that fails at its labels or for want of a head, and of a pass that
+    # fails there nothing shall have been folded in.
+    order = range(len(losses))[::-1]
+    sweeps = [order[start:start + together] for start in range(first, len(losses), together)]
     sums_of = _shared_sums if together > 1 else _plain_sums
     reached = first > 0
     try:
         with (torch.inference_mode(False), torch.enable_grad(),
               tqdm(total=_batches(loader, len(sweeps)), desc="importance", unit="batch", disable=not progress, leave=False) as bar):
             for sweep in sweeps:
-                which = f"losses {sweep[0] + 1} to {sweep[-1] + 1}" if together > 1 else f"loss {sweep[0] + 1}"
+                which = f"losses {sweep[-1] + 1} to {sweep[0] + 1}" if together > 1 else f"loss {sweep[0] + 1}"
                 bar.set_postfix_str(f"{which} of {len(losses)}")
                 clear()
                 sums = sums_of(_counted(loader, bar, sweep is sweeps[0]), losses, sweep, parameters)
-                reached = _fold(sweep, sums, parameters, fold, finished, reached)
+                reached = _fold(sweep, sums, parameters, fold, lambda loss: finished(len(losses) - loss), reached)
                 del sums  # before the next ones are made
         clear()
         if parameters and not reached:
@@ -156,15 +165,15 @@ def _losses_together(losses: Sequence[Callable], parameters: Sequence[Tensor]) -
     return max(1, min(sums_that_fit - 1, len(losses)))
 
 
-def _fold(sweep: range, sums: list[list], parameters: Sequence[Tensor], fold: Fold, finished: Callable[[int], None],
+def _fold(sweep: range, sums: list[list], parameters: Sequence[Tensor], fold: Fold, folded: Callable[[int], None],
           reached: bool) -> bool:
-    """Whether any loss so far, `reached` says of earlier ones, gave a gradient."""
+    """Whether any loss so far, `reached` says of earlier ones, gave a gradient. `folded` is told which were."""
     for loss, gradients in zip(sweep, sums):
         pairs = [(p, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None]
         fold(pairs)
         reached = reached or bool(pairs)
         if reached:  # or the next call, which goes on after what was finished, would take the pass for a measured one
-            finished(loss + 1)
+            folded(loss)
     return reached
 
 
@@ -179,6 +188,8 @@ def _scalar(loss: object, index: int) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         seen = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"losses[{index}]: expected a function that gives a tensor of one element, got {seen}")
+    if not loss.requires_grad:
+        raise ValueError(f"losses[{index}]: expected a loss that depends on a parameter, got one that requires no gradient")
     return loss
 
 

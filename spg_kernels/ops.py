@@ -27,7 +27,7 @@ from torch.compiler import is_compiling
 from . import reference
 from .backends.plans import DTYPES, LISTS, Plan
 from .backends.tensors import Lists
-from .checks import GAMMA_DTYPES, MASKS, check_grad, check_lists, check_mask, check_numbers, check_scaler  # noqa: F401
+from .checks import GAMMA_DTYPES, MASKS, check_grad, check_list, check_lists, check_mask, check_numbers, check_scaler  # noqa: F401
 from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
 
@@ -336,6 +336,7 @@ def accumulate_importance_(gammas: Sequence[Tensor], grads: Sequence[Tensor], *,
         NonFiniteGradientError: naming every `grads[i]` that holds an inf or a NaN; their gammas are untouched, the
             others are folded in, which is harmless: folding the same gradient in again changes nothing.
     """
+    check_list("grads", grads)
     fold(gammas, grads, [f"grads[{i}]" for i in range(len(grads))], backend)
 
 
@@ -395,6 +396,8 @@ def masked_sgd_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Seque
     check_mask(mask)
     check_scaler(grad_scale, found_inf)
     check_numbers(lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+    check_list("momentum_buffers", momentum_buffers)
+    check_list("params", params)
     if momentum and len(momentum_buffers) != len(params):
         raise ValueError(f"momentum_buffers: expected {len(params)} tensors with momentum = {momentum}, got {len(momentum_buffers)}")
     _call("masked_sgd_", (params, grads, gammas, list(momentum_buffers) if momentum else []), backend, lr=lr,

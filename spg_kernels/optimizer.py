@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from . import fused, generic, ops
 from .checkpoints import by_key, taken_apart
+from .files import check_tasks
 from .heads import heads_of, parameters_of, refuse_known
 from .hooks import unheard, unwatched, watched
 from .importance import Importance, as_named, by_name
@@ -176,7 +177,7 @@ class SPGOptimizer(Optimizer):
             return self.importance.mean_on(parameter.device)
         raise ValueError(f"{self._slot_of(parameter)} of shape {tuple(parameter.shape)} is unknown to the importance; after "
                          "parameters were replaced, call opt.importance.bind(model.named_parameters()); new ones come by "
-                         "opt.add_param_group")
+                         "opt.add_param_group; optimizers that share an importance need named_parameters, all of them")
 
     def _slot_of(self, parameter: Tensor) -> str:
         return next((f"param_groups[{g}]['params'][{s}]" for g, group in enumerate(self.inner.param_groups)
@@ -279,12 +280,15 @@ class SPGOptimizer(Optimizer):
             progress: show a progress bar.
 
         Raises:
-            ValueError: no losses, no batches, no gradient from any loss, or an iterator that only the first loss could use.
+            ValueError: no losses, no batches, no gradient from any loss, an iterator that only one loss could use, or no trunk.
             TypeError: no list of such losses.
-            NonFiniteGradientError: see `accumulate_importance`. What earlier losses folded in stays, which is harmless:
-                folding it in again changes nothing.
+            NonFiniteGradientError: see `accumulate_importance`. After any error, what losses before folded in stays: harmless
+                if the same ones are called again. They run from the last to the first, so that where a task's own loss, as
+                `cross_head_losses` has it last, cannot run, nothing has changed.
         """
         trunk = self._trunk_of([p for p in self._parameters() if p.requires_grad])
+        if not self.importance:
+            raise ValueError("heads: expected the task heads, got every parameter of this optimizer: no trunk is left to protect")
         # What the losses so far were measured at, and what they were folded into.
         tensors = [*self._parameters(), *self._others(), *(self.importance.gamma(p) for p in trunk)]
         first = self._interrupted.finished(loader, losses, tensors)
@@ -323,6 +327,7 @@ class SPGOptimizer(Optimizer):
         state_dict["state"] = {**state_dict["state"], **{
             i: {**state_dict["state"].get(i, {}), KEY: self._stored_gamma(p)}
             for i, p in by_key(state_dict, self._parameters()).items()}}
+        check_tasks(self.importance.tasks)
         state_dict[TASKS] = self.importance.tasks
         for hook in self._optimizer_state_dict_post_hooks.values():
             result = hook(self, state_dict)

@@ -320,10 +320,11 @@ def test_progress_says_heads_and_batches(net, capsys):
     memory = 3 * 4 * sum(p.numel() for p in net.trunk.parameters())
     wrapped(net).measure_importance(tasks()[1], shared(net, memory=memory))
     shown = capsys.readouterr().err
-    assert "losses 1 to 2 of 3" in shown and "/8 " in shown
+    assert "losses 2 to 3 of 3" in shown and "/8 " in shown
 
 
-def test_a_gradient_that_is_not_finite_is_named_and_the_heads_before_it_count(net):
+def test_a_gradient_that_is_not_finite_is_named_and_what_was_folded_before_it_counts(net):
+    """The task's own loss is the first."""
     batches = tasks()[1]
     net.heads[1].weight.data[0, 0] = float("inf")
     optimizer, losses = wrapped(net), shared(net)
@@ -332,7 +333,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_the_heads_before_it_count(ne
     assert error.value.names == [f"trunk.{name}" for name, _ in net.trunk.named_parameters()]
     assert optimizer.importance.tasks == 0 and all(p.grad is None for p in net.parameters())
     expected = wrapped(net)
-    expected.measure_importance(batches, [cross_head_losses(net, 2, F.cross_entropy)[0]], progress=False)
+    expected.measure_importance(batches, [cross_head_losses(net, 2, F.cross_entropy)[2]], progress=False)
     assert equal(gammas(optimizer), gammas(expected))
 
 

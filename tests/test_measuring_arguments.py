@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from spg_kernels import NonFiniteGradientError, SharedTrunkLosses, SPGOptimizer, cross_head_losses
@@ -30,6 +31,19 @@ def test_arguments_that_cannot_work_say_why(net):
         cross_head_losses(net, "1", F.cross_entropy)
     with pytest.raises(TypeError, match="heads: expected a sequence of modules, got Linear"):
         SharedTrunkLosses(net.trunk, net.heads[0], 0, F.cross_entropy)
+    with pytest.raises(TypeError, match=r"heads\[1\]: expected a module, got function"):
+        SharedTrunkLosses(net.trunk, [net.heads[0], lambda x: x], 1, F.cross_entropy)
+    with pytest.raises(TypeError, match="memory: expected a number of bytes, got str"):
+        SharedTrunkLosses(net.trunk, net.heads, 1, F.cross_entropy, memory="1G")
+    with pytest.raises(TypeError, match=r"losses\[1\]: expected a function of a batch, got NoneType"):
+        wrap(net).measure_importance(tasks()[0], [lambda batch: None, None])
+    with pytest.raises(TypeError, match="losses: expected a list of functions.*got dict"):
+        wrap(net).measure_importance(tasks()[0], {"a": None})
+    with pytest.raises(ValueError, match=r"losses\[0\]: expected a loss that depends on a parameter"):
+        wrap(net).measure_importance(tasks()[0], [lambda batch: batch[0].sum()])
+    with pytest.raises(ValueError, match="heads: .* every parameter of this optimizer"):
+        SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net).measure_importance(
+            tasks()[0], cross_head_losses(net, 1, F.cross_entropy))
     with pytest.raises(TypeError, match="trunk: .*one tensor, got tuple"):
         wrap(net).measure_importance(tasks()[0], SharedTrunkLosses(lambda x: (x, x), net.heads, 1, F.cross_entropy))
 
@@ -126,3 +140,60 @@ def test_a_measuring_pass_that_cannot_work_says_why(net):
     assert not optimizer.importance["0.0"].any()
     with pytest.raises(ValueError, match="at least one batch, got none after the losses before"):
         optimizer.measure_importance(DataLoader(Once(batches), batch_size=None), losses, progress=False)
+
+
+@FORMS
+@pytest.mark.parametrize("mistake", ["no such head", "labels out of range", "no loss"])
+def test_where_the_tasks_own_loss_cannot_run_nothing_is_folded_in(net, form, mistake):
+    """gamma only grows: what the wrong call folded in, the right one would not take back."""
+    batches, loss, task = tasks()[0], F.cross_entropy, 2
+    if mistake == "no such head":
+        net.heads = net.heads[:2]
+        task = 1 if form is not cross_head_losses else 2  # else refused before
+        loss = F.cross_entropy if form is cross_head_losses else lambda outputs, y: outputs[:, 5]
+    elif mistake == "no loss":
+        loss = None
+    else:
+        batches = [(x, y + 5) for x, y in batches]
+    optimizer = wrap(net)
+    with pytest.raises((IndexError, TypeError)):
+        optimizer.measure_importance(batches, form(net, task, loss), progress=False)
+    assert not optimizer.importance.active and not any(gamma.any() for gamma in optimizer.importance.values())
+
+
+class Checkpointed(torch.nn.Module):
+    """Parameters in a checkpointed block, with nothing trained before it, and after it."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.block, self.last, self.use_reentrant = torch.nn.Linear(10, 16), torch.nn.Linear(16, 16), use_reentrant
+
+    def forward(self, x):
+        return self.last(checkpoint(lambda x: self.block(x).tanh(), x.detach().requires_grad_(), use_reentrant=self.use_reentrant))
+
+
+def test_a_checkpoint_that_hides_its_parameters_is_refused(net):
+    """torch.autograd.grad passes a reentrant one by: its parameters would count for nothing."""
+    gammas = []
+    for use_reentrant, form in ((True, FORMS.args[1][0]), (False, FORMS.args[1][1]), (True, FORMS.args[1][1])):
+        torch.manual_seed(0)
+        net.trunk = Checkpointed(use_reentrant)
+        optimizer = wrap(net)
+        if len(gammas) == 2:
+            with pytest.raises(TypeError, match="trunk: .*use_reentrant=False"):
+                optimizer.measure_importance(tasks()[0], form(net, 1, F.cross_entropy), progress=False)
+            assert not optimizer.importance.active
+        else:
+            optimizer.measure_importance(tasks()[0], form(net, 1, F.cross_entropy), progress=False)
+            gammas.append(list(optimizer.importance.values()))
+    assert all(torch.allclose(one, other, atol=2e-6) for one, other in zip(*gammas, strict=True)) and gammas[0][0].any()
+
+
+@FORMS
+def test_a_pass_in_inference_mode_measures_all_the_same(net, form):
+    """Where trainers validate, in a hook at a task's end."""
+    optimizers, batches = [wrap(net), wrap(net)], tasks()[0]
+    for optimizer, mode in zip(optimizers, (torch.inference_mode, torch.enable_grad)):
+        with mode():
+            optimizer.measure_importance(batches, form(net, 1, F.cross_entropy), progress=False)
+    assert all(map(torch.equal, *(optimizer.importance.values() for optimizer in optimizers)))

@@ -240,3 +240,53 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(net):
         other.load_state_dict(good)
     after = optimizer.state_dict()
     assert all(torch.equal(after["state"][i][key], good["state"][i][key]) for i in good["state"] for key in good["state"][i])
+
+
+def test_the_importance_of_a_checkpoint_goes_by_name(net):
+    """torch loads moments by position whatever the names; those of another parameter heal, an importance would not."""
+    named = list(net.named_parameters())
+    optimizer = SPGOptimizer(torch.optim.AdamW(named), heads=net.heads)
+    for k, name in enumerate(optimizer.importance):
+        optimizer.importance[name] = torch.full(optimizer.importance[name].shape, 0.25 * k)
+    turned = SPGOptimizer(torch.optim.AdamW(named[::-1]), heads=net.heads)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        for index in group["params"]:
+            state["state"][index] = {KEY: state["state"][index][KEY]}  # torch would load moments of other shapes
+    for _ in range(2):  # torch's own load has taken over the checkpoint's names
+        with pytest.warns(UserWarning, match="another order") as warned:
+            turned.load_state_dict(state)
+        assert warned[0].filename == __file__
+    assert all(torch.equal(turned.importance[name], optimizer.importance[name]) for name in optimizer.importance)
+
+
+def test_a_head_of_a_checkpoint_is_no_trunk(net):
+    state = wrap(net, "AdamW", 0.5).state_dict()
+    forgotten = SPGOptimizer(torch.optim.AdamW(net.parameters()), named_parameters=net.named_parameters())
+    with pytest.raises(ValueError, match="heads.0.weight: is a head in this checkpoint.*`heads`"):
+        forgotten.load_state_dict(state)
+    forgotten.importance.tasks = "one"
+    with pytest.raises(ValueError, match="tasks: expected an integer"):
+        forgotten.state_dict()
+
+
+@pytest.mark.parametrize("through", ["asked for", "loaded"])
+@pytest.mark.parametrize("inner", [torch.optim.Rprop, torch.optim.ASGD])
+def test_a_checkpoint_keeps_no_learning_rate_for_a_parameter_that_was_not_stepped(net, inner, through):
+    """Both keep one in the state of a parameter, from its first step on: in a warm-up, or with a layer frozen, an early one."""
+    trained = []
+    for is_wrapped in (False, True):
+        twin = copy.deepcopy(net)
+        optimizer = inner(twin.parameters(), lr=0.1)
+        if is_wrapped:
+            optimizer = SPGOptimizer(optimizer, heads=twin.heads)
+        for seed, lr in enumerate((0.1, 0.001)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            set_gradients(twin.parameters() if seed else twin.heads.parameters(), seed)
+            optimizer.step()
+            state = optimizer.state_dict()
+            if through == "loaded":
+                optimizer.load_state_dict(state)
+        trained.append(values(twin))
+    assert equal(*trained)
