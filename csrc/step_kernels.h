@@ -222,7 +222,7 @@ static inline void adam_block(Usual usual, Amsgrad amsgrad, const AdamStep& s, P
     float bound = square;
     if (amsgrad) {
       const float max_square = load(v_max + i);
-      bound = max_square > square ? max_square : square;
+      bound = select(mask_if(max_square > square) | mask_if(max_square != max_square), max_square, square);  // a NaN stays one
       store(v_max + i, bound);
     }
     const float denominator = SPG_FMA(std::sqrt(bound), correction, eps);

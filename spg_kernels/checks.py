@@ -23,8 +23,15 @@ def _check_lists(like: str, tensors: list[Tensor], **others: list[Tensor]) -> No
 
 def _check_floating(name: str, tensors: list[Tensor], complex_too: bool = False) -> None:
     for i, tensor in enumerate(tensors):
-        if not (tensor.is_floating_point() or (complex_too and tensor.is_complex())):
+        is_wide = tensor.is_floating_point() and tensor.dtype.itemsize > 1  # float8 has no arithmetic
+        if not (is_wide or (complex_too and tensor.is_complex())):
             raise TypeError(f"{name}[{i}]: expected a floating point tensor, got {tensor.dtype}")
+
+
+def _check_strided(name: str, tensors: list[Tensor], sparse_too: bool = False) -> None:
+    for i, tensor in enumerate(tensors):
+        if tensor.is_nested or (tensor.layout != torch.strided and not sparse_too):
+            raise TypeError(f"{name}[{i}]: expected a strided tensor, got {'nested' if tensor.is_nested else tensor.layout}")
 
 
 def check_grad(grad: Tensor) -> None:
@@ -35,6 +42,7 @@ def check_grad(grad: Tensor) -> None:
 
 def _check_gammas(like: str, tensors: list[Tensor], gammas: list[Tensor], one_value: bool = True) -> None:
     """gammas[i] has the shape of tensors[i], float32 or 8-bit code; or, if `one_value`, is one 0-d float32 for all of it."""
+    _check_strided("gammas", gammas)
     for i, gamma in enumerate(gammas):
         if gamma.dtype not in GAMMA_DTYPES:
             raise TypeError(f"gammas[{i}]: expected torch.float32, or torch.uint8 for 8-bit codes, got {gamma.dtype}")
@@ -46,16 +54,20 @@ def _check_gammas(like: str, tensors: list[Tensor], gammas: list[Tensor], one_va
 
 
 def _check_accumulate(gammas, grads) -> None:
+    _check_strided("grads", grads, sparse_too=True)
     _check_floating("grads", grads, complex_too=True)
     _check_gammas("grads", grads, gammas, one_value=False)
 
 
 def _check_soft_mask(grads, gammas) -> None:
+    _check_strided("grads", grads)
     _check_floating("grads", grads, complex_too=True)
     _check_gammas("grads", grads, gammas)
 
 
 def _check_update_mask(params, old_params, gammas) -> None:
+    _check_strided("params", params)
+    _check_strided("old_params", old_params)
     _check_floating("params", params, complex_too=True)
     _check_lists("params", params, old_params=old_params)
     _check_gammas("params", params, gammas)
@@ -65,9 +77,11 @@ def _check_update_mask(params, old_params, gammas) -> None:
 
 
 def _check_step(params, grads, gammas, **states: list[Tensor]) -> None:
-    _check_floating("params", params)
+    lists = {"params": params, "grads": grads, **states}
+    for name, tensors in lists.items():
+        _check_strided(name, tensors)
     _check_lists("params", params, grads=grads, **states)
-    for name, tensors in {"grads": grads, **states}.items():
+    for name, tensors in lists.items():
         _check_floating(name, tensors)
     _check_gammas("params", params, gammas)
 
@@ -124,9 +138,33 @@ def check_mask(mask: str) -> None:
         raise ValueError(f"mask: expected 'update' or 'gradient', got {mask!r}")
 
 
-def check_numbers(lr, **settings) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr: expected one value, got shape {tuple(lr.shape)}")
-    for name, value in {"lr": lr, **settings}.items():
-        if not hasattr(value, "__float__"):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+def check_settings(op: str, lists: tuple[list[Tensor], ...], settings: dict) -> dict:
+    """The settings of a masked step, with floats for numbers; a tensor lr as it is, for a device may change it."""
+    check_mask(settings.get("mask", "update"))
+    check_scaler(settings.get("grad_scale"), settings.get("found_inf"))
+    settings = {name: as_number(name, value) if name in _NUMBERS else value for name, value in settings.items()}
+    if op == "masked_sgd_":
+        check_list("momentum_buffers", lists[3])
+        if settings.get("momentum") and len(lists[3]) != len(lists[0]):
+            raise ValueError(f"momentum_buffers: expected {len(lists[0])} tensors with momentum = {settings['momentum']}, "
+                             f"got {len(lists[3])}")
+    return settings
+
+
+_NUMBERS = {"lr", "momentum", "dampening", "weight_decay", "beta1", "beta2", "eps"}
+
+
+def as_number(name: str, value: object) -> float | Tensor:
+    """`value` as a float; an lr that is a tensor as it is. TypeError, ValueError if it is no number, or no such one."""
+    if name == "lr" and isinstance(value, Tensor):
+        if value.numel() != 1 or value.layout != torch.strided:
+            raise ValueError(f"lr: expected one value, got shape {tuple(value.shape)}, {value.layout}")
+        return value
+    if not hasattr(value, "__float__") or (isinstance(value, Tensor) and value.numel() != 1):
+        seen = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a number, got {seen}")
+    if not torch.compiler.is_compiling():
+        value = float(value)
+    if name in ("beta1", "beta2") and not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a number from 0, less than 1, got {value}")
+    return value

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import distributed, ops
 from .backends.tensors import describe
-from .checks import check_scaler
+from .checks import as_number, check_scaler
 from .importance import Importance
 from .memory import check_disjoint
 from .state import SCALER, init_group, same_objects
@@ -100,7 +100,7 @@ class FusedStep:
         calls = self._calls(inner)
         if not (calls or self._left):  # a GradScaler that saw no gradient has no tensors to give
             return
-        _check_scaler(common)
+        _check(calls, common)
         if any(map(_is_first, calls)) and common["found_inf"]:
             return  # no step, and no momentum buffer yet: only this once the host must know, and waits for the device
         if torch.compiler.is_compiling():
@@ -130,7 +130,7 @@ class FusedStep:
         addresses = [kernel.plan.locate(call.lists) for kernel, call in zip(self._kernels, calls)]
         if not all(addresses):
             return False
-        _check_scaler(common)
+        _check(calls, common)
         if self._left:
             step_alone(self._left)
         _launch(self._kernels, addresses, calls, common)
@@ -188,8 +188,15 @@ def _launch(kernels: list[ops.Kernel], addresses: list[array], calls: list[ops.C
         kernel.launch(at, call, common)
 
 
-def _check_scaler(common: dict) -> None:
+def _check(calls: list[ops.Call], common: dict) -> None:
+    """Whatever a launch would refuse, before the first of them."""
     check_scaler(common["grad_scale"], common["found_inf"])
+    for settings in () if torch.compiler.is_compiling() else [call.settings for call in calls]:
+        if not _NUMBERS.issuperset(map(type, settings.values())):
+            settings.update({name: as_number(name, value) for name, value in settings.items() if type(value) not in _NUMBERS})
+
+
+_NUMBERS = {float, int, bool}
 
 
 def _described(parameters: list[Tensor]) -> list[tuple]:

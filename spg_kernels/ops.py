@@ -26,8 +26,8 @@ from torch.compiler import is_compiling
 
 from . import reference
 from .backends.plans import DTYPES, LISTS, Plan
-from .backends.tensors import Lists
-from .checks import GAMMA_DTYPES, MASKS, check_grad, check_list, check_lists, check_mask, check_numbers, check_scaler  # noqa: F401
+from .backends.tensors import PLAIN, Lists
+from .checks import GAMMA_DTYPES, check_grad, check_list, check_lists, check_mask, check_settings  # noqa: F401
 from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
 
@@ -194,6 +194,8 @@ _LIBRARY = torch.library.Library("spg_kernels", "DEF")
 
 def _call(op: str, lists: Lists, backend: str, **kwargs):
     """Run `op`, through torch's dispatcher only where somebody traces it: with long lists the way there costs more than a step."""
+    if torch.jit.is_tracing():  # it records what is done in place to tensors, not to lists of them
+        return _run(op, lists, kwargs, "reference")
     if not is_compiling() and not _len_torch_dispatch_stack():
         return _run(op, lists, kwargs, backend)
     check_lists(op, lists)
@@ -273,6 +275,8 @@ def _register(name: str, schema: str) -> None:
     op = name.partition(".")[0]
 
     def kernel(*lists, backend="auto", **kwargs):
+        if "lr" in kwargs:  # once more, for who calls the operator by hand
+            kwargs = check_settings(op, lists, kwargs)
         return _importance(*lists, backend) if op == "importance" else _run(op, lists, kwargs, backend)
 
     def fake(*lists, backend="auto", **kwargs):
@@ -293,7 +297,9 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def _require_finite(finite: Tensor, names: list[str]) -> None:
-    if is_compiling():
+    if finite.is_meta:
+        return
+    if is_compiling() or type(finite) not in PLAIN:  # a fake one, of whoever traces
         torch._assert_async(finite.all(), "spg_kernels: inf or NaN in a gradient, its importance is unchanged")
     elif not finite.all():
         raise NonFiniteGradientError([name for name, ok in zip(names, finite.reshape(-1).tolist()) if not ok])
@@ -315,7 +321,7 @@ def importance(grad: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: there is no such backend. BackendError: `backend` does not run here, or cannot take `grad`.
     """
     check_grad(grad)
-    if is_compiling() or _len_torch_dispatch_stack():
+    if is_compiling() or _len_torch_dispatch_stack() or torch.jit.is_tracing() or grad.is_meta:
         value, finite = torch.ops.spg_kernels.importance(grad, backend=backend)
     else:
         value, finite = _importance(grad, backend)
@@ -393,16 +399,12 @@ def masked_sgd_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Seque
     Raises:
         ValueError, TypeError: arguments that do not match; nothing has changed. BackendError: as in `importance`.
     """
-    check_mask(mask)
-    check_scaler(grad_scale, found_inf)
-    check_numbers(lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
-    check_list("momentum_buffers", momentum_buffers)
     check_list("params", params)
-    if momentum and len(momentum_buffers) != len(params):
-        raise ValueError(f"momentum_buffers: expected {len(params)} tensors with momentum = {momentum}, got {len(momentum_buffers)}")
-    _call("masked_sgd_", (params, grads, gammas, list(momentum_buffers) if momentum else []), backend, lr=lr,
-          momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
-          is_first_step=is_first_step, mask=mask, grad_scale=grad_scale, found_inf=found_inf)
+    lists = params, grads, gammas, momentum_buffers
+    settings = check_settings("masked_sgd_", lists, dict(
+        lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
+        is_first_step=is_first_step, mask=mask, grad_scale=grad_scale, found_inf=found_inf))
+    _call("masked_sgd_", (*lists[:3], list(momentum_buffers) if settings["momentum"] else []), backend, **settings)
 
 
 def masked_adamw_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Sequence[Tensor], exp_avgs: Sequence[Tensor],
@@ -424,9 +426,7 @@ def masked_adamw_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Seq
     Raises:
         ValueError, TypeError: arguments that do not match; nothing has changed. BackendError: as in `importance`.
     """
-    check_mask(mask)
-    check_scaler(grad_scale, found_inf)
-    check_numbers(lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-    _call("masked_adamw_", (params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps), backend, lr=lr,
-          beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, mask=mask,
-          grad_scale=grad_scale, found_inf=found_inf)
+    lists = params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps
+    _call("masked_adamw_", lists, backend, **check_settings("masked_adamw_", lists, dict(
+        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, mask=mask,
+        grad_scale=grad_scale, found_inf=found_inf)))

@@ -113,6 +113,7 @@ class SPGOptimizer(Optimizer):
 
     @property
     def state(self) -> State:
+        """The inner optimizer's, by parameter, written through; each parameter's shows its "spg_importance" as well."""
         return State(self.inner.state, self._shown_gamma, self._store_gamma)
 
     @state.setter
@@ -205,6 +206,7 @@ class SPGOptimizer(Optimizer):
     # The step
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """The inner optimizer's."""
         self.inner.zero_grad() if set_to_none else self.inner.zero_grad(False)  # older optimizers' takes no argument
 
     @watched

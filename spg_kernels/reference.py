@@ -1,6 +1,8 @@
 """SPG in plain PyTorch: the specification of every kernel here, and the fallback, in the order of T. Konishi et al., ICML 2023
 (PMLR 202:17492-17505). Statistics are float64, the rest is `opmath`: float32 or wider."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -85,14 +87,24 @@ def opmath(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+def _by_parts(mask: Callable, *tensors: Tensor, gamma: Tensor) -> Tensor:
+    """A mask of real and imaginary parts: a product of complex numbers mixes them, and inf * 0 is NaN."""
+    parts = [torch.view_as_real(tensor.resolve_conj()) for tensor in tensors]
+    return torch.view_as_complex(mask(*parts, gamma.unsqueeze(-1) if gamma.dim() else gamma).contiguous())
+
+
 def scale(grad: Tensor, gamma: Tensor) -> Tensor:
     """(1 - gamma) g. A select at gamma = 1: a protected element stays 0 even where g is inf or NaN."""
+    if grad.is_complex():
+        return _by_parts(scale, grad, gamma=gamma)
     passes = keep(gamma, opmath(grad))
     return torch.where(passes == 0, 0, grad.to(torch.promote_types(grad.dtype, passes.dtype)) * passes)
 
 
 def blend(new: Tensor, old: Tensor, gamma: Tensor) -> Tensor:
     """old + (1 - gamma)(new - old), exactly `old` at gamma = 1 and exactly `new` at gamma = 0, finite or not."""
+    if new.is_complex():
+        return _by_parts(blend, new, old, gamma=gamma)
     passes = keep(gamma, opmath(new))
     between = (old + passes * (new.to(torch.promote_types(new.dtype, passes.dtype)) - old)).to(new.dtype)
     return torch.where(passes == 0, old, torch.where(passes == 1, new, between))
@@ -121,6 +133,7 @@ def _entering(params, grads, gammas, maximize, mask, grad_scale, found_inf):
 def masked_sgd_(params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
                 maximize=False, is_first_step=False, mask="update", grad_scale=None, found_inf=None) -> None:
     """One step of torch.optim.SGD under the soft mask, in place; none if `found_inf`. `momentum_buffers` is empty without."""
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # with a shape it would give the update one, and its dtype
     for i, old, grad in _entering(params, grads, gammas, maximize, mask, grad_scale, found_inf):
         grad = grad + weight_decay * old if weight_decay else grad
         if momentum:
@@ -134,11 +147,12 @@ def masked_sgd_(params, grads, gammas, momentum_buffers, *, lr, momentum=0.0, da
 def masked_adamw_(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *, lr, beta1=0.9, beta2=0.999,
                   eps=1e-8, weight_decay=1e-2, decoupled=True, maximize=False, mask="update", grad_scale=None, found_inf=None):
     """The same of torch.optim.AdamW (`decoupled`) or Adam. Without amsgrad no `max_exp_avg_sqs`."""
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     for i, old, grad in _entering(params, grads, gammas, maximize, mask, grad_scale, found_inf):
         new = old * (1 - lr * weight_decay) if decoupled else old
-        grad = grad if decoupled else grad + weight_decay * old
+        grad = grad if decoupled or not weight_decay else grad + weight_decay * old
         step = float(state_steps[i].add_(1))
-        exp_avg = exp_avgs[i] + (1 - beta1) * (grad - exp_avgs[i])
+        exp_avg = torch.lerp(exp_avgs[i].to(old.dtype), grad, 1 - beta1)  # from the nearer end: with beta1 = 0 the gradient
         exp_avg_sq = beta2 * exp_avg_sqs[i].to(old.dtype) + (1 - beta2) * grad * grad
         exp_avgs[i].copy_(exp_avg)
         exp_avg_sqs[i].copy_(exp_avg_sq)

@@ -260,10 +260,16 @@ def _step(net, optimizer):
     optimizer.step()
 
 
+def _other_heads_step(net):
+    set_gradients(net.heads.parameters())
+    torch.optim.SGD(net.heads.parameters(), lr=0.1).step()
+
+
 CHANGES = {
     "a step": _step,
     "weights loaded": lambda net, optimizer: net.load_state_dict(Net(tasks=4).state_dict()),
     "gamma set": lambda net, optimizer: optimizer.importance.store({"trunk.0.bias": torch.zeros(16)}),
+    "heads that another optimizer trains": lambda net, optimizer: _other_heads_step(net),
     "a state loaded": lambda net, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
 }
 
@@ -271,7 +277,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_an_interrupted_pass_starts_anew_after_a_change(change):
     net = Net(tasks=4)
-    losses, loader, optimizer = both(net)[0], Stops(tasks()[1], at=3), wrapped(net)
+    optimizer = SPGOptimizer(torch.optim.SGD(net.trunk.parameters(), lr=0.1), heads=net.heads, named_parameters=net.named_parameters())
+    losses, loader = both(net)[0], Stops(tasks()[1], at=3)
     with pytest.raises(KeyboardInterrupt):
         optimizer.measure_importance(loader, losses, progress=False)
     change(net, optimizer)

@@ -3,6 +3,7 @@
 The answer is kept, and serves for as long as the tensors are alike in all but their addresses, which every call reads anew.
 """
 
+import itertools
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -37,9 +38,9 @@ class Plan:
         self.refused: dict[int, str] = {i: reason for i, reason in reasons if reason}
         self.launch: Any = None if self.refused else build(op, named)
         # Gives the addresses of tensors that are like this plan's own in all but addresses and numbers; None for others. There is
-        # none for tensors that are no plain strided ones, which alone are described in full.
+        # none where what was refused may be something that is not looked at then.
         self.locate: Callable[[Lists], array | None] | None = None
-        if not self.refused or all(type(t) in PLAIN and t.layout == torch.strided for tensors in lists for t in tensors):
+        if not self.refused or all(map(_is_described, itertools.chain(*lists))):
             self.locate = _locator(op, lists)
         self._disjoint_at: set[bytes] = set()
 
@@ -102,6 +103,12 @@ def _locator(op: str, lists: Lists) -> Callable[[Lists], array | None]:
     return locate_unless_negated
 
 
+def _is_described(tensor: Tensor) -> bool:
+    """Whether a locator sees all of it that `_refusal` does."""
+    return (type(tensor) in PLAIN and tensor.layout == torch.strided and not tensor.is_neg()
+            and (tensor.data_ptr() != 0 or not tensor.numel()))
+
+
 def is_one_value(op: str, gamma: Tensor) -> bool:
     """Whether a gamma is one value for a whole tensor. Where importance is folded in, it is a tensor of one element."""
     return op != "accumulate_importance_" and gamma.dim() == 0 and gamma.dtype == torch.float32
@@ -110,6 +117,9 @@ def is_one_value(op: str, gamma: Tensor) -> bool:
 def _refusal(op: str, tensors: dict[str, Tensor], device_type: str) -> str | None:
     first = next(t for name, t in tensors.items() if name != "gammas")
     states = {t.dtype for name, t in tensors.items() if name in STATES}
+    for name, tensor in tensors.items():  # of all first: of others there is little to ask
+        if tensor.layout != torch.strided:
+            return f"has {name} on {tensor.device} with layout {tensor.layout}, expected strided on {device_type}"
     for name, tensor in tensors.items():
         if type(tensor) not in PLAIN:
             return f"has {name} of type {type(tensor).__name__}"
@@ -117,8 +127,8 @@ def _refusal(op: str, tensors: dict[str, Tensor], device_type: str) -> str | Non
             if not (tensor.is_cpu or tensor.device == first.device) or tensor.dtype != torch.float32 or tensor.numel() != 1:
                 return f"has {name} of {tensor.numel()} {tensor.dtype} on {tensor.device}"
             continue
-        if tensor.layout != torch.strided or tensor.device.type != device_type or tensor.device != first.device:
-            return f"has {name} on {tensor.device} with layout {tensor.layout}, expected strided on {device_type}"
+        if tensor.device.type != device_type or tensor.device != first.device:
+            return f"has {name} on {tensor.device}, expected {device_type}"
         if tensor.is_neg():
             return f"has {name} that are a lazily negated view"
         if tensor.numel() and not tensor.data_ptr():
@@ -132,7 +142,7 @@ def _refusal(op: str, tensors: dict[str, Tensor], device_type: str) -> str | Non
             return f"has {name} of {tensor.dtype}"
         elif name in STATES:
             if len(states) > 1 or tensor.dtype not in (torch.float32, first.dtype):
-                return f"has {name} of {tensor.dtype} for a parameter of {first.dtype}"
+                return f"has states of {', '.join(sorted(map(str, states)))} for a parameter of {first.dtype}"
         elif tensor.dtype != first.dtype:
             return f"has {name} of {tensor.dtype} for a parameter of {first.dtype}"
         if tensor.shape != first.shape:  # an optimizer loads a state of any shape

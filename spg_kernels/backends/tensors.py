@@ -90,10 +90,19 @@ def locator(lists: Lists) -> Callable[[Lists], array | None]:
 
 
 def _by_guard(lists: Lists) -> Callable[[Lists], array | None]:
-    holds = _guard(list(itertools.chain(*lists)))
-    lengths = list(map(len, lists))
-    return lambda others: (addresses_of(others) if list(map(len, others)) == lengths and holds(list(itertools.chain(*others)))
-                           else None)
+    flat = list(itertools.chain(*lists))
+    holds, lengths = _guard(flat), list(map(len, lists))
+    # Of a tensor that has elements, and none of nested ones, which a guard cannot be asked about.
+    has_memory = [tensor.numel() > 0 for tensor in flat]
+
+    def locate(others: Lists) -> array | None:
+        flat = list(itertools.chain(*others))
+        if list(map(len, others)) != lengths or any(getattr(tensor, "is_nested", False) for tensor in flat) or not holds(flat):
+            return None
+        addresses = addresses_of(others)
+        return addresses if 0 not in addresses or all(map(bool, itertools.compress(addresses, has_memory))) else None
+
+    return locate
 
 
 def _guard(tensors: list[Tensor]) -> Callable[[list[Tensor]], bool]:
