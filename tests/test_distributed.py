@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -388,6 +388,14 @@ def flattened_parameters_are_refused(directory):
         net = FullyShardedDataParallel(small_net(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
         with pytest.raises(ValueError, match="flattens parameters into one.*use FSDP2"):
             SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1))
+    net = small_net()
+    optimizer = wrap(net, "SGD")
+    FullyShardedDataParallel(net, use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD,
+                             device_id=torch.device("cpu"))
+    set_gradients(net.parameters())
+    with pytest.raises(ValueError, match="flattens parameters into one.*use FSDP2"):  # though each has its shape still
+        optimizer.accumulate_importance()
+    assert not optimizer.importance.active
 
 
 def an_optimizer_that_steps_in_backward_is_refused(directory):

@@ -165,7 +165,9 @@ def test_a_short_run_writes_results_and_pictures(tmp_path):
     assert "SPG AdamW, update" in result.stdout and "epoch/s" in result.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["runs"]) == len(METHODS) and results["versions"]["torch"] == torch.__version__
-    spg = next(run for run in results["runs"] if run["method"] == "SPG SGD")
+    runs = {run["method"]: run for run in results["runs"]}
+    assert runs["SPG AdamW, gradient"]["accuracy"] != runs["SPG AdamW, update"]["accuracy"]
+    spg = runs["SPG SGD"]
     assert [len(row) for row in spg["accuracy"]] == [1, 2, 3, 4, 5] and spg["capacity"][4]["tasks"] == 5
     means = [row["mean"] for row in spg["capacity"][4]["rows"]]
     assert all(0 < mean < 1 for mean in means)

@@ -190,20 +190,22 @@ def test_what_is_kept_does_not_grow_with_the_steps():
     assert torch.equal(parameters[0], torch.ones(1)) and not torch.equal(parameters[98], torch.ones(99))
 
 
-def test_a_model_that_changes_its_memory_format_is_stepped_by_the_kernels_again(monkeypatch):
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_model_that_changes_its_memory_format_is_stepped_by_the_kernels_again(steps_before, monkeypatch):
     model = torch.nn.Conv2d(4, 8, 3)
     optimizer = SPGOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), backend="native")
     optimizer.importance[model.weight] = torch.rand(model.weight.shape)
     gamma, before = optimizer.importance[model.weight], model.weight.detach().clone()
-    model.to(memory_format=torch.channels_last)
-    for step in range(2):
+    for step in range(steps_before + 2):
+        if step == steps_before:
+            model.to(memory_format=torch.channels_last)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
-        if step == 1:
+        if step == steps_before + 1:
             monkeypatch.setattr(optimizer, "_generic_step", None)
         optimizer.step()
     assert torch.equal(optimizer.importance[model.weight], gamma)
-    assert torch.allclose(model.weight, before - 0.2 * (1 - gamma), atol=1e-6)
+    assert torch.allclose(model.weight, before - 0.1 * (steps_before + 2) * (1 - gamma), atol=1e-6)
 
 
 # torch's own fused steps do not look at shapes; SGD without momentum has no state.

@@ -152,13 +152,17 @@ def test_a_step_that_somebody_put_around_torchs_runs_and_hooks_fire_once(net, mo
 
 
 @pytest.mark.dropin(line=15)
-def test_hooks_fire_once_after_torch_compile_has_replaced_a_step(net):
-    torch.optim.LBFGS(net.parameters())
-    torch.compile(torch.neg, backend="eager")(torch.ones(1))
-    optimizer, calls = wrap(net, "LBFGS", 0.5), []
+def test_hooks_fire_once_after_torch_compile_has_replaced_a_step(net, monkeypatch):
+    """As it does with LBFGS's and SparseAdam's, once a process, when it first compiles anything."""
+    torch.optim.RMSprop(net.parameters())  # from now on torch's class has the wrapper
+    monkeypatch.setattr(torch.optim.RMSprop, "step", torch._dynamo.disable(torch.optim.RMSprop.step))
+    optimizer, calls = wrap(net, "RMSprop", 0.5), []
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-    optimizer.step(closure_for(net, torch.randn(8, 10)))
-    assert calls == ["post"]
+    handle = register_optimizer_step_post_hook(lambda *_: calls.append("global post"))
+    set_gradients(net.parameters())
+    optimizer.step()
+    handle.remove()
+    assert calls == ["post", "global post"]
 
 
 @pytest.mark.dropin(line=15)

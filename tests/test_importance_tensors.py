@@ -10,7 +10,7 @@ from torch import nn
 from spg_kernels import Importance, SPGOptimizer
 
 from .models import set_gradients
-from .wrapping import closure_for, equal, train, values, wrap
+from .wrapping import INNER, closure_for, equal, train, values, wrap
 
 
 def _through_the_state(optimizer):
@@ -53,6 +53,31 @@ def test_the_heads_follow_what_is_written_later(net, inner):
     before = values(net)
     train(net, optimizer, steps=1)
     assert equal(values(net), before)
+
+
+def test_the_heads_follow_a_trunk_that_grows():
+    known, new, head = (nn.Parameter(torch.ones(4)) for _ in range(3))
+    optimizer = SPGOptimizer(torch.optim.SGD([known, head], lr=1.0), heads=[head])
+    optimizer.importance[known] = torch.ones(4)
+    head.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(head, torch.ones(4)) and optimizer.importance.mean() == 1
+    optimizer.add_param_group({"params": [new]})
+    assert optimizer.importance.mean() == 0.5
+    optimizer.step()
+    assert torch.equal(head, torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("inner", ["SGD", "RMSprop"])
+def test_the_gamma_of_a_parameter_with_gaps_is_made_once(inner):
+    parameter = nn.Parameter(torch.randn(4, 8)[:, ::2])
+    optimizer = SPGOptimizer(INNER[inner]([parameter]))
+    optimizer.importance[parameter] = torch.rand(4, 4)
+    layout = optimizer.importance.layout
+    set_gradients([parameter])
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.importance.layout == layout
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda importance: pickle.loads(pickle.dumps(importance))],

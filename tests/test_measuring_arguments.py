@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from spg_kernels import NonFiniteGradientError, SharedTrunkLosses, SPGOptimizer, cross_head_losses
 
 from .models import Net, tasks
-from .wrapping import wrap
+from .wrapping import equal, wrap
 
 
 class Once(IterableDataset):
@@ -118,6 +118,20 @@ def test_a_loader_need_not_know_its_length(net, error, capsys):
     optimizer = wrap(net)
     optimizer.measure_importance(Loader(tasks()[0]), cross_head_losses(net, 1, F.cross_entropy))
     assert optimizer.importance.tasks == 1 and " 4batch" in capsys.readouterr().err, "batches are counted, of an unknown total"
+
+
+def test_a_loader_may_give_its_batches_by_index_alone(net):
+    class Loader:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return tasks()[0][index]
+
+    by_index, listed = wrap(net), wrap(net)
+    for optimizer, loader in ((by_index, Loader()), (listed, tasks()[0])):
+        optimizer.measure_importance(loader, cross_head_losses(net, 1, F.cross_entropy), progress=False)
+    assert equal(by_index.importance.values(), listed.importance.values()) and by_index.importance.active
 
 
 def test_a_measuring_pass_that_cannot_work_says_why(net):

@@ -255,6 +255,15 @@ def test_a_group_added_to_a_fresh_optimizer_takes_nobody_elses_name():
     assert list(fresh.importance) == ["0.0", "1.0", "2.0"]
 
 
+def test_a_new_parameter_in_the_slot_of_a_known_one_takes_another_name():
+    new, known = (torch.nn.Parameter(torch.randn(3)) for _ in range(2))
+    importance = SPGOptimizer(torch.optim.SGD([known], lr=0.1)).importance
+    importance[known] = torch.full((3,), 0.5)
+    fresh = SPGOptimizer(torch.optim.SGD([new, known], lr=0.1), importance=importance)
+    assert torch.equal(fresh.importance[known], torch.full((3,), 0.5)) and not fresh.importance[new].any()
+    assert list(fresh.importance) == ["0.0", "1.0"]
+
+
 @pytest.mark.dropin(line=19)
 @pytest.mark.parametrize("copier", [lambda pair: pair, copy.deepcopy])
 def test_a_group_added_later_has_the_names_that_were_given(net, copier):
