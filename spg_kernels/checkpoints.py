@@ -25,7 +25,7 @@ def taken_apart(state_dict: dict, parameters: list[Tensor], importance: Importan
         slot_of: names a parameter that the importance does not know, for errors.
 
     Raises:
-        ValueError, TypeError: it is no state dict, or its importance does not fit. A warning, if it has none for some parameter.
+        ValueError, TypeError: it is no state dict, or its importance does not fit. It warns if that lacks some parameter.
     """
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
     if not (isinstance(groups, Sequence) and all(isinstance(group, Mapping) and "params" in group for group in groups)
@@ -35,8 +35,8 @@ def taken_apart(state_dict: dict, parameters: list[Tensor], importance: Importan
     named = _by_name(state_dict, saved, importance)
     if any(saved[key] is not parameter for key, parameter in named.items()):
         saved = named
-        warnings.warn("state_dict: its parameters come in another order than this optimizer's; the importance goes by name, the "
-                      "inner optimizer's state, as torch loads it, by position", stacklevel=3)
+        warnings.warn("state_dict: its parameters come in another order than this optimizer's; the importance goes by name, "
+                      "the inner optimizer's state, as torch loads it, by position", stacklevel=3)
     gammas, inner_state = {}, {}
     for key, state in state_dict["state"].items():
         inner_state[key] = without_importance(state)
@@ -45,7 +45,7 @@ def taken_apart(state_dict: dict, parameters: list[Tensor], importance: Importan
                 raise TypeError(f"state[{key!r}][{KEY!r}]: expected a tensor, got {type(state[KEY]).__name__}")
             name = importance.name_of(saved[key])
             if name is not None and state[KEY].dim() == 0 < saved[key].dim():
-                raise ValueError(f"{name}: is a head in this checkpoint but has an importance here; give `heads` to the optimizer")
+                raise ValueError(f"{name}: is a head in this checkpoint but has an importance here; name it in `heads`")
             if name is not None:
                 gammas[name] = state[KEY]
             elif state[KEY].dim():
@@ -58,13 +58,13 @@ def taken_apart(state_dict: dict, parameters: list[Tensor], importance: Importan
     check_tasks(tasks)
     names = [importance.name_of(p) for p in parameters if p.requires_grad]
     if gammas and (missing := [name for name in names if name is not None and name not in gammas]):
-        warnings.warn(f"state_dict: it has an importance for other parameters but none for {', '.join(missing)}; theirs stays what "
-                      "it was", stacklevel=3)
+        warnings.warn(f"state_dict: it has an importance for other parameters but none for {', '.join(missing)}; theirs stays "
+                      "what it was", stacklevel=3)
     return gammas, tasks, {**{key: value for key, value in state_dict.items() if key != TASKS}, "state": inner_state}
 
 
 def _by_name(state_dict: dict, saved: dict[int | str, Tensor], importance: Importance) -> dict[int | str, Tensor]:
-    """The trunk's parameters by key, as the checkpoint names them; none unless it names all, and the trunk as `importance` does."""
+    """The trunk's parameters by key, as the checkpoint names them; none unless it names all, the trunk as `importance` does."""
     names = [name for group in state_dict["param_groups"] for name in group.get("param_names", ())]
     own = {name: p for p in saved.values() if (name := importance.name_of(p)) is not None}
     is_named = len(names) == len(saved) and own.keys() <= set(names)

@@ -6,7 +6,6 @@ The wrapper can be taken off at any time: the state is what torch's own step wou
 
 from array import array
 from collections.abc import Callable
-from itertools import compress
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
@@ -85,7 +84,6 @@ class FusedStep:
     def take(self, inner: Optimizer, importance: Importance, gamma_of: Callable[[Tensor], Tensor], mask: str, backend: str,
              step_alone: Callable[[list[Tensor]], None]) -> None:
         """One masked step of `inner`; of parameters that no kernel takes by `step_alone`, before all others move."""
-        importance.update_means()
         common = {"mask": mask, **{name: getattr(inner, name, None) for name in SCALER}}
         is_held = not torch.compiler.is_compiling() and self._backend == backend and self._holds(inner, importance)
         if is_held and self._take_again(inner, common, step_alone):
@@ -141,8 +139,8 @@ class FusedStep:
         for k, found in enumerate(self._found):
             taken = [id(p) not in left for p in found.params]
             self._left += [p for p, is_taken in zip(found.params, taken) if not is_taken]
-            self._found[k] = found._replace(params=list(compress(found.params, taken)), states=list(compress(found.states, taken)),
-                                            gammas=list(compress(found.gammas, taken)))
+            lists = ([x for x, is_taken in zip(each, taken) if is_taken] for each in (found.params, found.states, found.gammas))
+            self._found[k] = _Found(found.group, found.without_grad, found.names, *lists)
         self._left_like = _described(self._left)
 
     def _on_shards(self, calls: list[ops.Call]) -> list[ops.Call]:
@@ -162,11 +160,12 @@ class FusedStep:
                         and all(found.states)  # else emptied, to be set up anew
                         and not any(p.grad is not None for p in found.without_grad)
                         for group, found in zip(inner.param_groups, self._found))
-                and self._left_like == _described(self._left))  # else a kernel may take them now
+                and (not self._left or self._left_like == _described(self._left)))  # else a kernel may take them now
 
     @torch.no_grad()
     def _find(self, inner: Optimizer, importance: Importance, gamma_of: Callable) -> None:
-        self._found, self._left, self._left_like, self._kernels, found = [], [], [], [], []  # an error leaves nothing half found
+        self._found, self._left, self._left_like, self._kernels = [], [], [], []  # an error below leaves nothing half found
+        found = []
         moving = [[p for p in group["params"] if p.grad is not None] for group in inner.param_groups]
         params = [p for own in moving for p in own]
         # Whatever refuses must do so before torch sets up a state.

@@ -38,8 +38,11 @@ def unwatched(step: Callable) -> Callable:
     """An optimizer class's `step` without torch's wrapper, if that is what it is: `hooked` and `__wrapped__` do not tell, for
     `functools.wraps` copies them to whatever a user puts around it.
     """
-    bare = getattr(step, "_torchdynamo_orig_callable", step)  # torch.compile keeps itself out of LBFGS and SparseAdam
-    return bare.__wrapped__ if getattr(bare, "__code__", None) is _WRAPPER else step
+    # torch.compile keeps itself out of LBFGS and SparseAdam: around torch's wrapper, or inside it where that came later.
+    for bare in (step, getattr(step, "_torchdynamo_orig_callable", None)):
+        if getattr(bare, "__code__", None) is _WRAPPER:
+            return bare.__wrapped__
+    return step
 
 
 @contextmanager

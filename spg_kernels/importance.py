@@ -35,9 +35,6 @@ def by_name(named_parameters: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]
     return parameters
 
 
-_version = Tensor._version.__get__
-
-
 class _OfTheClass(classmethod):
     """A class method that no instance has: it would seem to change that."""
 
@@ -77,6 +74,7 @@ class Importance(Mapping):
         self._names: dict[int, str] = {}
         self._means: dict[torch.device, Tensor] = {}
         self._means_are_stale = False
+        self._is_handed_out = False  # since the last step
         self._add_all(as_named(named_parameters))
 
     @property
@@ -87,7 +85,8 @@ class Importance(Mapping):
         return self._active
 
     def _was_written(self) -> bool:
-        return not torch.compiler.is_compiling() and list(map(_version, self._gammas.values())) != list(self._versions.values())
+        versions = [] if torch.compiler.is_compiling() else [gamma._version for gamma in self._gammas.values()]
+        return bool(versions) and versions != list(self._versions.values())
 
     # Names and parameters
 
@@ -103,9 +102,9 @@ class Importance(Mapping):
         if name not in self._gammas:
             self._gammas[name] = torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)
         else:
-            self._active = self._active or _version(self._gammas[name]) != self._versions[name]
+            self._active = self._active or self._gammas[name]._version != self._versions[name]
             self._gammas[name] = _placed(self._gammas[name], parameter)
-        self._versions[name] = _version(self._gammas[name])
+        self._versions[name] = self._gammas[name]._version
         if name in self._parameters:
             del self._names[id(self._parameters[name])]
         self._parameters[name] = parameter
@@ -180,6 +179,11 @@ class Importance(Mapping):
             self.add(name, parameter)
         return self._gammas[name]
 
+    def hand_out(self, parameter: Tensor) -> Tensor | None:
+        """`gamma`, for somebody who may write to it before the next step."""
+        self._is_handed_out = True
+        return self.gamma(parameter)
+
     def _key(self, key: str | Tensor) -> str:
         name = self.name_of(key) if isinstance(key, Tensor) else key
         if name not in self._gammas:
@@ -243,7 +247,9 @@ class Importance(Mapping):
     def mean(self) -> Tensor:
         """The mean of gamma over all elements of all trunk tensors, a 0-d float32 tensor: heads are scaled by 1 - mean."""
         device = next(iter(self._gammas.values())).device if self._gammas else torch.device("cpu")
-        return self.mean_on(device).clone()
+        mean = self.mean_on(device)
+        self._refresh_means(look=True)
+        return mean.clone()
 
     def mean_on(self, device: torch.device) -> Tensor:
         """`mean()` on `device`. One tensor for good, brought up to date in place: a captured CUDA graph keeps its address."""
@@ -251,12 +257,17 @@ class Importance(Mapping):
             with torch.inference_mode(False):  # a tensor made in it could not be brought up to date outside
                 self._means[device] = torch.zeros((), device=device)
             self._means_are_stale = True
-        self.update_means()
+        self._refresh_means(look=False)
         return self._means[device]
 
     def update_means(self) -> None:
-        """Bring the tensors of `mean_on` up to date, if gamma has changed."""
-        if self._means and (self._means_are_stale or self._was_written()):
+        """Before a step: bring the tensors of `mean_on` up to date."""
+        self._refresh_means(look=self._is_handed_out)
+        self._is_handed_out = False
+
+    def _refresh_means(self, look: bool) -> None:
+        # To `look` at every gamma, whether somebody wrote to it, takes a tenth of a step's time on the host.
+        if self._means and (self._means_are_stale or (look and self._was_written())):
             self._active = self.active
             for kept in self._means.values():
                 kept.copy_(distributed.mean_gamma(list(self._gammas.values()), kept.device))
@@ -264,7 +275,7 @@ class Importance(Mapping):
             self._means_are_stale = False
 
     def _note_versions(self) -> None:
-        self._versions = {name: _version(gamma) for name, gamma in self._gammas.items()}
+        self._versions = {name: gamma._version for name, gamma in self._gammas.items()}
 
     def summary(self) -> Capacity:
         """The capacity table: how much of each parameter tensor the tasks so far have used up. `print` it, or read `.rows`."""
@@ -311,10 +322,11 @@ class Importance(Mapping):
         self._will_change(any(distributed.some(value) for value in checked.values()))
         for name, value in checked.items():
             self._gammas[name].copy_(value)
-            self._versions[name] = _version(self._gammas[name])
+            self._versions[name] = self._gammas[name]._version
 
     def state_dict(self) -> dict:
         """{"version", "tasks", "gammas": {name: tensor as stored}}."""
+        self._is_handed_out = True
         return {"version": files.VERSION, "tasks": self.tasks, "gammas": dict(self._gammas)}
 
     def load_state_dict(self, state: Mapping) -> None:

@@ -172,10 +172,14 @@ class SPGOptimizer(Optimizer):
         gamma = self.importance.gamma(parameter)
         if gamma is not None:
             return gamma
+        self._require_head(parameter)
+        return self.importance.mean_on(parameter.device)
+
+    def _require_head(self, parameter: Tensor) -> None:
         if id(parameter) not in self._head_parameters:
             self._find_heads()
         if id(parameter) in self._head_parameters:
-            return self.importance.mean_on(parameter.device)
+            return
         raise ValueError(f"{self._slot_of(parameter)} of shape {tuple(parameter.shape)} is unknown to the importance; after "
                          "parameters were replaced, call opt.importance.bind(model.named_parameters()); new ones come by "
                          "opt.add_param_group; optimizers that share an importance need named_parameters, all of them")
@@ -220,6 +224,7 @@ class SPGOptimizer(Optimizer):
             self.inner._opt_called = True
         if not self.importance.active:
             return self._inner_step(closure)
+        self.importance.update_means()
         if self.backend == "reference" or not fused.takes(self.inner):
             return self._generic_step(closure, self._parameters())
         loss = None
@@ -337,10 +342,10 @@ class SPGOptimizer(Optimizer):
         return state_dict
 
     def _stored_gamma(self, parameter: Tensor) -> Tensor:
-        gamma = self.importance.gamma(parameter)
+        gamma = self.importance.hand_out(parameter)
         if gamma is not None:
             return gamma
-        self._gamma(parameter)  # raises unless it is a head, which holds no gamma
+        self._require_head(parameter)  # which holds no gamma
         return torch.zeros((), device=parameter.device)
 
     def _shown_gamma(self, parameter: Tensor) -> Tensor | None:

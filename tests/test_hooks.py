@@ -152,10 +152,12 @@ def test_a_step_that_somebody_put_around_torchs_runs_and_hooks_fire_once(net, mo
 
 
 @pytest.mark.dropin(line=15)
-def test_hooks_fire_once_after_torch_compile_has_replaced_a_step(net, monkeypatch):
+@pytest.mark.parametrize("wrapped", ["before", "after"])
+def test_hooks_fire_once_after_torch_compile_has_replaced_a_step(net, wrapped, monkeypatch):
     """As it does with LBFGS's and SparseAdam's, once a process, when it first compiles anything."""
     torch.optim.RMSprop(net.parameters())  # from now on torch's class has the wrapper
-    monkeypatch.setattr(torch.optim.RMSprop, "step", torch._dynamo.disable(torch.optim.RMSprop.step))
+    step = torch.optim.RMSprop.step
+    monkeypatch.setattr(torch.optim.RMSprop, "step", torch._dynamo.disable(step if wrapped == "before" else step.__wrapped__))
     optimizer, calls = wrap(net, "RMSprop", 0.5), []
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     handle = register_optimizer_step_post_hook(lambda *_: calls.append("global post"))
