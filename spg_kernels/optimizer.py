@@ -375,6 +375,9 @@ class SPGOptimizer(Optimizer):
         except BaseException:
             self.inner.state, self.inner.param_groups = before
             raise
+        for own, group in zip(before[1], self.inner.param_groups):
+            if "param_names" in own:  # torch takes the checkpoint's, whose order may be another
+                group["param_names"] = own["param_names"]
         self._may_be_ahead = True
         self.importance.store(gammas)
         self.importance.tasks = tasks

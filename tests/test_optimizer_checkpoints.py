@@ -253,11 +253,14 @@ def test_the_importance_of_a_checkpoint_goes_by_name(net):
     for group in state["param_groups"]:
         for index in group["params"]:
             state["state"][index] = {KEY: state["state"][index][KEY]}  # torch would load moments of other shapes
-    for _ in range(2):  # torch's own load has taken over the checkpoint's names
+    for _ in range(2):  # torch's own load takes over the checkpoint's names
         with pytest.warns(UserWarning, match="another order") as warned:
             turned.load_state_dict(state)
         assert warned[0].filename == __file__
-    assert all(torch.equal(turned.importance[name], optimizer.importance[name]) for name in optimizer.importance)
+    again = SPGOptimizer(torch.optim.AdamW(named[::-1]), heads=net.heads)
+    again.load_state_dict(turned.state_dict())
+    for loaded in (turned, again):
+        assert all(torch.equal(loaded.importance[name], optimizer.importance[name]) for name in optimizer.importance)
 
 
 def test_a_head_of_a_checkpoint_is_no_trunk(net):
