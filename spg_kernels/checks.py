@@ -21,10 +21,14 @@ def _check_lists(like: str, tensors: list[Tensor], **others: list[Tensor]) -> No
                 raise ValueError(f"{name}[{i}]: expected device {tensor.device} of {like}[{i}], got {twin.device}")
 
 
+def is_floating(tensor: Tensor) -> bool:
+    """Whether it is floating point, and of a dtype that can be computed with, which float8 is not."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
 def _check_floating(name: str, tensors: list[Tensor], complex_too: bool = False) -> None:
     for i, tensor in enumerate(tensors):
-        is_wide = tensor.is_floating_point() and tensor.dtype.itemsize > 1  # float8 has no arithmetic
-        if not (is_wide or (complex_too and tensor.is_complex())):
+        if not (is_floating(tensor) or (complex_too and tensor.is_complex())):
             raise TypeError(f"{name}[{i}]: expected a floating point tensor, got {tensor.dtype}")
 
 
@@ -144,6 +148,7 @@ def check_settings(op: str, lists: tuple[list[Tensor], ...], settings: dict) -> 
     check_scaler(settings.get("grad_scale"), settings.get("found_inf"))
     settings = {name: as_number(name, value) if name in _NUMBERS else value for name, value in settings.items()}
     if op == "masked_sgd_":
+        check_list("params", lists[0])
         check_list("momentum_buffers", lists[3])
         if settings.get("momentum") and len(lists[3]) != len(lists[0]):
             raise ValueError(f"momentum_buffers: expected {len(lists[0])} tensors with momentum = {settings['momentum']}, "

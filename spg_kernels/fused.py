@@ -101,10 +101,10 @@ class FusedStep:
         _check(calls, common)
         if any(map(_is_first, calls)) and common["found_inf"]:
             return  # no step, and no momentum buffer yet: only this once the host must know, and waits for the device
+        on_shards = self._on_shards(calls)
         if torch.compiler.is_compiling():
-            ops.trace(self._on_shards(calls), common, self._backend)
+            ops.trace(on_shards, common, self._backend)
         else:
-            on_shards = self._on_shards(calls)
             kernels, addresses, refused = ops.find_kernels(on_shards, self._backend)
             if refused:
                 self._leave({id(calls[k].lists[0][i]) for k, i in refused})
@@ -191,11 +191,11 @@ def _check(calls: list[ops.Call], common: dict) -> None:
     """Whatever a launch would refuse, before the first of them."""
     check_scaler(common["grad_scale"], common["found_inf"])
     for settings in () if torch.compiler.is_compiling() else [call.settings for call in calls]:
-        if not _NUMBERS.issuperset(map(type, settings.values())):
-            settings.update({name: as_number(name, value) for name, value in settings.items() if type(value) not in _NUMBERS})
+        if not _PLAIN.issuperset(map(type, settings.values())):
+            settings.update({name: as_number(name, value) for name, value in settings.items() if type(value) not in _PLAIN})
 
 
-_NUMBERS = {float, int, bool}
+_PLAIN = {float, int, bool}  # what a launch takes as it is
 
 
 def _described(parameters: list[Tensor]) -> list[tuple]:

@@ -124,8 +124,8 @@ def step_alone(step: Callable, inner: Optimizer, own: list[Tensor]) -> None:
 
 
 def _may_train(parameter: Tensor) -> bool:
-    """Not whole numbers, and not float8, which has no arithmetic."""
-    return (parameter.is_floating_point() or parameter.is_complex()) and parameter.dtype.itemsize > 1
+    """Not whole numbers, and not float8."""
+    return ops.is_floating(parameter) or parameter.is_complex()
 
 
 def _values(parameters: list[Tensor]) -> list[Tensor]:

@@ -40,8 +40,8 @@ class _OfTheClass(classmethod):
 
     def __get__(self, instance: object, owner: type | None = None):
         if instance is not None:
-            raise AttributeError("load makes a new Importance: give Importance.load(path) to SPGOptimizer(..., importance=...), or its "
-                                 "state_dict() to load_state_dict()")
+            raise AttributeError("load makes a new Importance: give Importance.load(path) to SPGOptimizer(..., importance=...), or "
+                                 "its state_dict() to load_state_dict()")
         return super().__get__(None, owner)
 
 
@@ -418,7 +418,7 @@ def _as_stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value`, gammas in [0, 1] or uint8 codes, as `dtype` stores it."""
     if value.dtype == torch.uint8:
         return value if dtype == torch.uint8 else distributed.on_shards(ops.decode, value)
-    if not value.is_floating_point() or value.dtype.itemsize == 1:  # float8 has no comparison
+    if not ops.is_floating(value):
         raise TypeError(f"{name}: expected floating point gammas or torch.uint8 codes, got {value.dtype}")
     if distributed.some(distributed.on_shards(_outside, value)):
         seen = distributed.whole(value)

@@ -1,6 +1,5 @@
 """The measuring pass after a task: the losses of cross-head importance, and the sweeps over the data for their gradients."""
 
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -49,9 +48,9 @@ class SharedTrunkLosses(Sequence):
     A sequence of t + 1 functions of a batch (x, y) like any other. `SPGOptimizer.measure_importance` runs the trunk once a
     batch for many heads and computes gradients of the trunk alone: the same importance as by one pass a head. For ten heads
     that is about half the time with the network and dropout of `examples/`, 0.7 of it without dropout, and saves less where
-    weights are large beside a batch. In train mode dropout draws one mask a batch for all heads, and running statistics (batch normalization) are
-    updated once a batch. Where gradients are reduced by hooks of `.backward()`, which is wherever torch.distributed is
-    initialized, it takes one pass a head.
+    weights are large beside a batch. In train mode dropout draws one mask a batch for all heads, and running statistics (batch
+    normalization) are updated once a batch. Where gradients are reduced by hooks of `.backward()`, which is wherever
+    torch.distributed is initialized, it takes one pass a head.
 
     Args:
         trunk: called as `trunk(x)`, giving the features, one tensor; a module or any function of one. It must allow
@@ -62,8 +61,8 @@ class SharedTrunkLosses(Sequence):
             and one more for the batch at hand. Heads that do not fit take another sweep; under three, one pass a head.
 
     Raises:
-        TypeError: `heads` is no sequence of modules, `memory` no number; in a pass, a batch is no pair, the trunk gives no tensor, or hides parameters in such
-            checkpoints. ValueError: no such task, or no head for it.
+        TypeError: `heads` is no sequence of modules, `memory` no number; in a pass, a batch is no pair, the trunk gives no
+            tensor, or hides parameters in such checkpoints. ValueError: no such task, or no head for it.
     """
 
     def __init__(self, trunk: Callable[[Tensor], Tensor], heads: Sequence[nn.Module] | nn.ModuleList, task: int,
@@ -202,12 +201,12 @@ def _probe(outputs: Tensor, of: str) -> Tensor:
 def _shared_sums(batches: Iterable, losses: SharedTrunkLosses, sweep: range, parameters: Sequence[Tensor]) -> list[list]:
     """Each loss's gradient sums, None for a parameter that it does not reach."""
     sums: list[list[Tensor | None]] = [[None] * len(parameters) for _ in sweep]
-    for is_first, batch in zip(itertools.chain([True], itertools.repeat(False)), batches):
+    for i, batch in enumerate(batches):
         for own, head, loss in zip(sums, sweep, losses.of_batch(sweep, batch)):
             # The last head frees what the trunk's graph holds, before the next batch makes another.
             retain = head != sweep[-1]
             gradients = torch.autograd.grad(_scalar(loss, head), parameters, retain_graph=retain, allow_unused=True)
-            if is_first and any(gradient is None for gradient in gradients):
+            if i == 0 and any(gradient is None for gradient in gradients):
                 _refuse_reentrant_checkpoint(loss)
             _add(own, gradients, parameters)
     return sums

@@ -27,7 +27,7 @@ from torch.compiler import is_compiling
 from . import reference
 from .backends.plans import DTYPES, LISTS, Plan
 from .backends.tensors import PLAIN, Lists
-from .checks import GAMMA_DTYPES, check_grad, check_list, check_lists, check_mask, check_settings  # noqa: F401
+from .checks import GAMMA_DTYPES, check_grad, check_list, check_lists, check_mask, check_settings, is_floating  # noqa: F401
 from .memory import check_disjoint
 from .reference import decode, encode_gamma, mean_gamma, squash  # noqa: F401  (importance.py reads gammas through this room)
 
@@ -234,8 +234,8 @@ class Kernel(NamedTuple):
 
 
 def find_kernels(calls: list[Call], backend: str) -> tuple[list[Kernel], list[array], list[tuple[int, int]]]:
-    """The kernel of every call, and its tensors' addresses; unless there are tensors that no kernel takes, the third: each one's
-    call, by position, and its own in that.
+    """The kernel of every call, and its tensors' addresses; and the tensors that no kernel takes, as (position of the call,
+    position in its lists). A call with such a tensor has no kernel.
     """
     kernels, located, refused = [], [], []
     for k, (op, lists, _) in enumerate(calls):
@@ -399,7 +399,6 @@ def masked_sgd_(params: Sequence[Tensor], grads: Sequence[Tensor], gammas: Seque
     Raises:
         ValueError, TypeError: arguments that do not match; nothing has changed. BackendError: as in `importance`.
     """
-    check_list("params", params)
     lists = params, grads, gammas, momentum_buffers
     settings = check_settings("masked_sgd_", lists, dict(
         lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
