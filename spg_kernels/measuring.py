@@ -50,7 +50,8 @@ class SharedTrunkLosses(Sequence):
     that is about half the time with the network and dropout of `examples/`, 0.7 of it without dropout, and saves less where
     weights are large beside a batch. In train mode dropout draws one mask a batch for all heads, and running statistics (batch
     normalization) are updated once a batch. Where gradients are reduced by hooks of `.backward()`, which is wherever
-    torch.distributed is initialized, it takes one pass a head.
+    torch.distributed is initialized, it takes one pass a head. DistributedDataParallel reduces what went through it alone:
+    around trunk and heads together it needs `cross_head_losses`.
 
     Args:
         trunk: called as `trunk(x)`, giving the features, one tensor; a module or any function of one. It must allow
@@ -62,7 +63,8 @@ class SharedTrunkLosses(Sequence):
 
     Raises:
         TypeError: `heads` is no sequence of modules, `memory` no number; in a pass, a batch is no pair, the trunk gives no
-            tensor, or hides parameters in such checkpoints. ValueError: no such task, or no head for it.
+            tensor, or hides parameters in such checkpoints. ValueError: no such task, or no head for it; in a pass on several
+            ranks, a trunk whose gradients nobody reduces.
     """
 
     def __init__(self, trunk: Callable[[Tensor], Tensor], heads: Sequence[nn.Module] | nn.ModuleList, task: int,
@@ -159,9 +161,20 @@ def _losses_together(losses: Sequence[Callable], parameters: Sequence[Tensor]) -
     if not isinstance(losses, SharedTrunkLosses) or not parameters:
         return 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _refuse_past_reducer(losses.trunk, parameters)
         return 1  # DDP and FSDP reduce gradients in hooks of .backward(), which torch.autograd.grad does not call
     sums_that_fit = losses.memory // max(1, sum(p.numel() * _sum_dtype(p).itemsize for p in parameters))
     return max(1, min(sums_that_fit - 1, len(losses)))
+
+
+def _refuse_past_reducer(trunk: Callable, parameters: Sequence[Tensor]) -> None:
+    """A module inside DistributedDataParallel runs past it: each rank would measure its own batches alone."""
+    if (isinstance(trunk, nn.Module) and torch.distributed.get_world_size() > 1
+            and not any(map(distributed.is_dtensor, parameters))
+            and not any(isinstance(part, nn.parallel.DistributedDataParallel) for part in trunk.modules())):
+        raise ValueError("trunk: expected DistributedDataParallel or a sharded module on several ranks, or every rank has an "
+                         "importance of its own; DistributedDataParallel around the whole model goes with "
+                         "cross_head_losses(model, ...), which takes no more passes here")
 
 
 def _fold(sweep: range, sums: list[list], parameters: Sequence[Tensor], fold: Fold, folded: Callable[[int], None],

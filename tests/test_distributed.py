@@ -15,7 +15,15 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from spg_kernels import Importance, NonFiniteGradientError, SPGOptimizer, cross_head_losses, distributed, ops
+from spg_kernels import (
+    Importance,
+    NonFiniteGradientError,
+    SharedTrunkLosses,
+    SPGOptimizer,
+    cross_head_losses,
+    distributed,
+    ops,
+)
 
 from . import oracle, ranks
 from .models import Net, set_gradients, tasks
@@ -307,6 +315,23 @@ def a_pass_whose_gradients_nobody_reduced_is_refused(directory):
     assert optimizer.importance.tasks == 0
 
 
+def a_trunk_that_runs_past_its_reducer_is_refused(directory):
+    """Each rank would measure its own share of the batches, and mask by that."""
+    rank, world, batches = dist.get_rank(), dist.get_world_size(), [(x.repeat(3, 1), y.repeat(3)) for x, y in tasks(1)[0]]
+    shares = [(x[rank::world], y[rank::world]) for x, y in batches]
+    net, alone = small_net(), small_net()
+    DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer, expected = wrap(net), wrap(alone)
+    with pytest.raises(ValueError, match="trunk: .*cross_head_losses"):
+        optimizer.measure_importance(shares, SharedTrunkLosses(net.trunk, net.heads, 0, F.cross_entropy), progress=False)
+    assert not optimizer.importance.active
+    net = small_net()
+    trunk, optimizer = DistributedDataParallel(net.trunk), wrap(net)
+    optimizer.measure_importance(shares, SharedTrunkLosses(trunk, net.heads, 0, F.cross_entropy), progress=False)
+    expected.measure_importance(batches, cross_head_losses(alone, 0, F.cross_entropy), progress=False)
+    assert difference(optimizer.importance.values(), expected.importance.values()) <= CLOSE
+
+
 def heads_stay_heads_while_a_test_has_gathered_them(directory):
     """Of a forward without a backward FSDP2 leaves modules with other parameters than the optimizer has."""
     alone, net, batches = small_net(), fully_shard(small_net()), tasks(1)[0]
@@ -410,9 +435,10 @@ TRAINING = (fully_sharded_training_equals_one_process, importance_of_the_same_gr
             scaled_steps_on_shards_skip_together, tensor_parallel_training_equals_one_process,
             data_parallel_training_equals_one_process, a_zero_redundancy_checkpoint_has_the_importance)
 CHANGES = (non_finite_gradients_raise_the_same_everywhere, a_pass_whose_gradients_nobody_reduced_is_refused,
-           heads_stay_heads_while_a_test_has_gathered_them, batches_are_moved_to_the_device_of_the_mesh,
-           importance_follows_parameters_into_shards, a_model_born_on_meta_is_sharded_then_filled,
-           flattened_parameters_are_refused, an_optimizer_that_steps_in_backward_is_refused)
+           a_trunk_that_runs_past_its_reducer_is_refused, heads_stay_heads_while_a_test_has_gathered_them,
+           batches_are_moved_to_the_device_of_the_mesh, importance_follows_parameters_into_shards,
+           a_model_born_on_meta_is_sharded_then_filled, flattened_parameters_are_refused,
+           an_optimizer_that_steps_in_backward_is_refused)
 
 
 def test_two_three_and_four_ranks_equal_one_process(tmp_path):
