@@ -85,7 +85,7 @@ class Importance(Mapping):
         return self._active
 
     def _was_written(self) -> bool:
-        versions = [] if torch.compiler.is_compiling() else [gamma._version for gamma in self._gammas.values()]
+        versions = [] if torch.compiler.is_compiling() else list(map(_version, self._gammas.values()))
         return bool(versions) and versions != list(self._versions.values())
 
     # Names and parameters
@@ -102,9 +102,9 @@ class Importance(Mapping):
         if name not in self._gammas:
             self._gammas[name] = torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)
         else:
-            self._active = self._active or self._gammas[name]._version != self._versions[name]
+            self._active = self._active or _version(self._gammas[name]) != self._versions[name]
             self._gammas[name] = _placed(self._gammas[name], parameter)
-        self._versions[name] = self._gammas[name]._version
+        self._versions[name] = _version(self._gammas[name])
         if name in self._parameters:
             del self._names[id(self._parameters[name])]
         self._parameters[name] = parameter
@@ -271,11 +271,11 @@ class Importance(Mapping):
             self._active = self.active
             for kept in self._means.values():
                 kept.copy_(distributed.mean_gamma(list(self._gammas.values()), kept.device))
-            self._note_versions()
+            self._note_versions(self._gammas)
             self._means_are_stale = False
 
-    def _note_versions(self) -> None:
-        self._versions = {name: gamma._version for name, gamma in self._gammas.items()}
+    def _note_versions(self, names: Iterable[str]) -> None:
+        self._versions |= {name: _version(self._gammas[name]) for name in names}
 
     def summary(self) -> Capacity:
         """The capacity table: how much of each parameter tensor the tasks so far have used up. `print` it, or read `.rows`."""
@@ -322,7 +322,7 @@ class Importance(Mapping):
         self._will_change(any(distributed.some(value) for value in checked.values()))
         for name, value in checked.items():
             self._gammas[name].copy_(value)
-            self._versions[name] = self._gammas[name]._version
+        self._note_versions(checked)
 
     def state_dict(self) -> dict:
         """{"version", "tasks", "gammas": {name: tensor as stored}}."""
@@ -375,7 +375,7 @@ class Importance(Mapping):
         gammas, tasks, dtype = files.read(path)
         importance = cls(dtype=dtype)
         importance._gammas = {name: torch.zeros_like(gamma) for name, gamma in gammas.items()}
-        importance._note_versions()
+        importance._note_versions(gammas)
         try:
             importance.store(gammas)
         except ValueError as error:
@@ -390,12 +390,19 @@ class Importance(Mapping):
         return copied
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_active": self.active, "_versions": None, "_names": None, "_means": {}}
+        return {**self.__dict__, "_active": self.active, "_versions": {}, "_names": None, "_means": {}}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
-        self._note_versions()
+        self._note_versions(self._gammas)
+
+
+def _version(gamma: Tensor) -> int:
+    """Grows with whatever is written to `gamma`, or to its shard, into which torch.distributed.checkpoint loads."""
+    if type(gamma) is Tensor:
+        return gamma._version
+    return gamma._version + distributed.local(gamma)._version
 
 
 def _lies_as(gamma: Tensor, parameter: Tensor) -> bool:

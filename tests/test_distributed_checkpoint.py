@@ -88,6 +88,23 @@ def ranks_load(directory):
             assert_equals(net, optimizer, dtype, range(4))
 
 
+def what_is_loaded_in_place_counts(directory):
+    """torch.distributed.checkpoint loads into the shards themselves; without set_state_dict nothing else tells of it."""
+    for dtype in DTYPES:
+        for is_active in (False, True):
+            net, optimizer = empty(dtype)
+            if is_active:
+                optimizer.importance["trunk.0.bias"] = torch.full((5,), 0.1)
+                optimizer.importance.mean_on(torch.device("cpu"))
+            model_state, optimizer_state = get_state_dict(net, optimizer)
+            dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=directory / f"{dtype}")
+            assert_equals(net, optimizer, dtype, range(2))
+            optimizer.importance.update_means()
+            total = sum(gamma.full_tensor().sum() for gamma in optimizer.importance.values())
+            expected = total / sum(gamma.numel() for gamma in optimizer.importance.values())
+            assert abs(optimizer.importance.mean_on(torch.device("cpu")) - expected) <= 1e-6
+
+
 def a_full_state_is_broadcast_from_rank_0(directory):
     for dtype in DTYPES:
         net, optimizer = empty(dtype)
@@ -108,7 +125,7 @@ def a_full_state_is_broadcast_from_rank_0(directory):
 def directory(tmp_path_factory):
     """What two ranks saved, and two and three ranks went on from."""
     directory = tmp_path_factory.mktemp("checkpoints")
-    going_on = (ranks_load, a_full_state_is_broadcast_from_rank_0)
+    going_on = (ranks_load, what_is_loaded_in_place_counts, a_full_state_is_broadcast_from_rank_0)
     ranks.run(directory, (2, (two_ranks_save, *going_on)), (3, going_on))
     return directory
 
