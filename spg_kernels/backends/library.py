@@ -27,7 +27,8 @@ _SIGNATURES = {
 def load() -> tuple[ctypes.CDLL | None, str | None]:
     """(the library, None) or (None, why not). After `import torch` it shares torch's OpenMP threads: one libgomp.so.1."""
     if not LIBRARY.exists():
-        return None, f"{LIBRARY.name} was not built; install the package with a C++ compiler at hand (pip install .)"
+        return None, (f"{LIBRARY.name} was not built in {LIBRARY.parent}; install the package with a C++ compiler at hand: "
+                      "pip install -e . (without -e it is in site-packages; Python started beside the sources imports these)")
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
