@@ -26,6 +26,8 @@ def pytest_configure(config):
     config.stash[_ROWS] = []
     # pytest-benchmark's table would give the time of a round, the sum over all contenders.
     config.option.benchmark_quiet = True
+    if config.getoption("--record") and (missing := machine.why_no_kernels(config.getoption("--device"))):
+        raise pytest.UsageError(f"--record: plain PyTorch would be timed in the kernels' place: {missing}")
     if config.getoption("--record") and machine.library_is_stale():
         raise pytest.UsageError("--record: csrc/ is newer than the shared library; build it first: "
                                 "python setup.py build_ext --inplace")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from spg_kernels import ops
 from spg_kernels.backends import library, native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,6 +127,11 @@ def sources_digest(device_type: str) -> str:
     for path in sorted(package + own):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def why_no_kernels(device_type: str) -> str | None:
+    """What the kernels for this device lack here: "auto" would fall back to the reference, under the device's name."""
+    return ops.why_unavailable("triton" if device_type == "cuda" else "native")
 
 
 def library_is_stale() -> bool:

@@ -1,10 +1,11 @@
 """README, pages and charts are what the CSVs say, and --check notices where they are not."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 
-from . import machine, report, results, targets
+from . import conftest, machine, report, results, targets
 from .machine import sources_digest
 from .timing import COPY, Row
 
@@ -108,6 +109,15 @@ def test_a_record_replaces_its_own_cases_only(tmp_path, monkeypatch):
     rows = {row["pass_name"]: row for row in results.load(path)}
     assert rows["adamw"]["median_us"] == 1 and rows["adamw"]["extra_mib"] == 0.5 and rows["adamw"]["host_us"] is None
     assert rows["sgd"]["median_us"] == 3 and len(rows) == 2
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "native"), ("cuda", "triton")])
+def test_nothing_is_recorded_without_the_kernels(device, backend, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.ops, "why_unavailable", {backend: "it is missing"}.get)
+    options = {"--record": tmp_path, "--device": device}
+    config = SimpleNamespace(stash={}, option=SimpleNamespace(), getoption=options.get)
+    with pytest.raises(pytest.UsageError, match="plain PyTorch .*: it is missing"):
+        conftest.pytest_configure(config)
 
 
 @pytest.mark.parametrize(("ours", "torchs", "unequal"), [
