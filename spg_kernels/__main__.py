@@ -2,14 +2,15 @@
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from . import __version__, ops
 
 
 def main() -> None:
     devices = ["cpu"] + ([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])
-    table = Table("backend", "tensors on", "runs", "", title=f"spg_kernels {__version__}, torch {torch.__version__}, {', '.join(devices)}")
+    table = Table("backend", "tensors on", "runs", Column(overflow="fold"),  # paths are longer than a column
+                  title=f"spg_kernels {__version__}, torch {torch.__version__}, {', '.join(devices)}")
     for name in ops.BACKENDS[1:]:
         module = ops.backend_module(name)
         missing = ops.why_unavailable(name)

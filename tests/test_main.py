@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import spg_kernels
+from spg_kernels import __main__
 
 
 def started(**environment: str) -> subprocess.CompletedProcess:
@@ -38,3 +39,11 @@ def test_the_instruction_set_can_be_capped():
 def test_a_cap_that_does_not_exist_is_warned_of():
     """torch's own name for its baseline is "default"."""
     assert "SPG_CPU_CAPABILITY: expected one of avx512vbmi, avx512, avx2, baseline, got 'default'" in started(SPG_CPU_CAPABILITY="default").stderr
+
+
+def test_a_path_longer_than_a_line_is_folded_not_cut(monkeypatch, capsys):
+    monkeypatch.setattr(spg_kernels.ops, "why_unavailable", lambda name: f"it is not in {'/directory' * 20}")
+    monkeypatch.setenv("COLUMNS", "80")
+    __main__.main()
+    output = capsys.readouterr().out
+    assert "directory" in output and "…" not in output
