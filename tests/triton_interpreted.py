@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -160,6 +161,17 @@ def test_tables_are_bounded_and_the_last_used_stay():
         assert launch.table(place, (1, 2, 3)) is first
     launch.table(place, (0, 0, 0, 0))
     assert len(launch._tables[place.device]) == launch.TABLES and launch.table(place, (1, 2, 3)) is first
+
+
+def test_a_table_that_another_thread_drops_while_it_is_looked_up_serves_all_the_same(monkeypatch):
+    class DropsMeanwhile(OrderedDict):
+        def get(self, key):
+            return self.pop(key, None)
+
+    place = launch.here(torch.device("cpu"))
+    monkeypatch.setitem(launch._tables, place.device, DropsMeanwhile())
+    first = launch.table(place, (1, 2, 3))
+    assert launch.table(place, (1, 2, 3)) is first
 
 
 def test_tables_first_needed_in_a_capture_are_copied_from_memory_that_is_never_used_again(monkeypatch):

@@ -91,7 +91,10 @@ def cached(place: Place, key: tuple, make: Callable[[], Tensor]) -> Tensor:
         while len(tables) > TABLES:
             tables.popitem(last=False)
     else:
-        tables.move_to_end(key)
+        try:
+            tables.move_to_end(key)
+        except KeyError:  # another thread needed its room meanwhile
+            pass
         if place.stream not in found.streams:
             _share(found, place)
     if place.capturing and not found.kept:
