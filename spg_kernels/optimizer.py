@@ -238,7 +238,8 @@ class SPGOptimizer(Optimizer):
         """The inner optimizer's step without its hooks, which are this optimizer's and run around the masked step."""
         if self._may_be_ahead:
             forget_rates(self.inner)
-            self._may_be_ahead = False
+            if not torch.compiler.is_compiling():  # the compiler of torch 2.11 fails where an optimizer's attribute is set
+                self._may_be_ahead = False
         arguments = () if closure is None else (closure,)
         step = fused.patched_step(self.inner) or partial(unwatched(type(self.inner).step), self.inner)
         if not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks):
