@@ -238,6 +238,8 @@ class Importance(Mapping):
         self._will_change(bool(folded))
         distributed.fold([self.gamma(p) for p, _ in folded.values()], [grad for _, grad in folded.values()], list(folded),
                          backend)
+        # Not in the next step alone: a captured one is replayed without a call, and reads the heads' mean where it lies.
+        self._refresh_means(look=False)
 
     def _will_change(self, active: bool) -> None:
         # Before any gamma changes, not after: whatever interrupts the change, the next step masks by what it left.

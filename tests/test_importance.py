@@ -60,6 +60,18 @@ def test_the_mean_is_over_elements_not_over_tensors(net):
     assert float(Importance().mean()) == 0
 
 
+def test_what_is_measured_reaches_the_heads_mean_where_it_lies(net):
+    """A captured CUDA graph reads it there, and nothing that its replays call could bring it up to date."""
+    importance = measured(net)
+    mean = importance.mean_on(torch.device("cpu"))
+    before = float(mean)
+    for p in net.trunk.parameters():
+        p.grad = torch.randn_like(p)
+    importance.accumulate(net.trunk.parameters())
+    after = float(mean)  # first: whoever asks for the importance may refresh it
+    assert after > before and abs(after - torch.cat([importance[name].flatten() for name in importance]).mean()) < 1e-6
+
+
 def test_eight_bits_protect_at_least_as_much(net):
     exact, coded = measured(net), measured(net, torch.uint8)
     for name in exact:

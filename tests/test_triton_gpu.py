@@ -273,6 +273,28 @@ def test_a_captured_training_step_follows_the_learning_rate(keep_gradients):
     assert all(ours.inner.state[p]["step"].item() == 7 for p in net.parameters())
 
 
+def test_a_captured_step_follows_what_is_measured_after_the_capture():
+    """By the trunk's gammas and by their mean, which masks the heads."""
+    torch.manual_seed(0)
+    net = Net().cuda()
+    twin = copy.deepcopy(net)
+    ours, theirs = (protected(model, lambda p: torch.optim.SGD(p, lr=0.1), backend=backend)
+                    for model, backend in ((net, "triton"), (twin, "reference")))
+    give_both_the_same_gradients((net, ours), (twin, theirs))
+    for _ in range(2):
+        ours.step()
+        theirs.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    ours.accumulate_importance()
+    theirs.accumulate_importance()
+    graph.replay()
+    theirs.step()
+    for p, q in zip(net.parameters(), twin.parameters()):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_tables_of_a_graph_outlive_the_cache():
     grads, gammas = [torch.randn(5000, device="cuda")], [torch.rand(5000, device="cuda")]
     twin = grads[0].clone()
