@@ -95,10 +95,9 @@ def split(images: Images, tasks: int, seed: int) -> list[Task]:
 
 
 def _of_classes(x: torch.Tensor, y: torch.Tensor, classes) -> tuple[torch.Tensor, torch.Tensor]:
-    number = torch.full((int(y.max()) + 1,), -1)
-    number[torch.as_tensor(classes)] = torch.arange(len(classes))
-    chosen = number[y] >= 0
-    return x[chosen], number[y[chosen]]
+    is_class = y[:, None] == torch.as_tensor(classes, device=y.device)
+    chosen = is_class.any(1)
+    return x[chosen], is_class[chosen].int().argmax(1)
 
 
 def _first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:

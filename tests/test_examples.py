@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -132,6 +135,14 @@ def test_tasks_share_no_class_and_keep_every_image():
     assert tasks[0].classes != data.split(digits, 5, seed=4)[0].classes
     with pytest.raises(DataError, match="10 classes.*3 tasks"):
         data.split(digits, 3, seed=0)
+
+
+def test_tasks_are_made_on_the_images_device():
+    """On a GPU torch refuses to look up what lies on the CPU; of fake tensors it gives the result's device away."""
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        x, y = torch.empty(20, 1, 8, 8, device="meta"), torch.empty(20, dtype=torch.int64, device="meta")
+        for task in data.split(SimpleNamespace(classes=10, train_x=x, train_y=y, test_x=x, test_y=y), 5, seed=0):
+            assert {t.device.type for t in (task.train_x, task.train_y, task.test_x, task.test_y)} == {"meta"}
 
 
 def test_the_paper_network_for_its_image_sizes():
