@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test emulated frameworks bench clean
+.PHONY: demo test emulated avx512 frameworks bench clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/split_images.py --out split-images
@@ -15,6 +15,9 @@ test: $(VENV)/installed
 
 emulated: $(VENV)/installed
 	PTX_EVERYTHING=1 PTX_ARCHITECTURES=80,90 $(RUN) -m pytest -n auto --maxprocesses 8 tests/ptx
+
+avx512:
+	tests/avx512/run.sh
 
 frameworks: $(VENV)/frameworks
 	$(RUN) -m pytest -n auto --maxprocesses 8 tests/frameworks
