@@ -189,7 +189,7 @@ class SPGOptimizer(Optimizer):
                      for s, p in enumerate(group["params"]) if p is parameter), "a parameter in no group")
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group to the inner optimizer; parameters of `heads` are heads, all others trunk with gamma = 0."""
+        """Add a group to the inner optimizer; parameters of `heads` are heads, all others trunk, new names with gamma = 0."""
         self._find_heads()
         before = _caveat(self.inner, self.mask)
         self.inner.add_param_group(param_group)
