@@ -356,7 +356,8 @@ class Importance(Mapping):
         torch.distributed.checkpoint writes shards as they are, from the optimizer's state dict or `state_dict()`.
 
         Raises:
-            OSError: what the operating system refused, with `path`.
+            OSError: what the operating system refused, with `path`. ValueError: `tasks` is no integer from 0, or `load` would
+                refuse a name, such as one that leads out of a directory.
         """
         writes = distributed.writes(self._gammas.values())
         gammas = {}

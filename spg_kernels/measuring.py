@@ -27,7 +27,8 @@ def cross_head_losses(model: nn.Module, task: int, loss: Callable[[Tensor, Tenso
         t + 1 functions of a batch, a pair of tensors (x, y), which are moved to the model's device.
 
     Raises:
-        ValueError: `task` is negative. TypeError, when a loss is called: a batch that is no pair.
+        ValueError: `task` is negative. TypeError: it is no whole number; when a loss is called, a batch that is no pair, or an
+            old head whose outputs are not one tensor.
     """
     _check_task(task)
 
