@@ -257,7 +257,7 @@ class Importance(Mapping):
         """`mean()` on `device`. One tensor for good, brought up to date in place: a captured CUDA graph keeps its address."""
         if device not in self._means:
             with torch.inference_mode(False):  # a tensor made in it could not be brought up to date outside
-                self._means[device] = torch.zeros((), device=device)
+                self._means[device] = torch.zeros((), dtype=torch.float32, device=device)
             self._means_are_stale = True
         self._refresh_means(look=False)
         return self._means[device]

@@ -346,3 +346,26 @@ def test_what_was_made_in_inference_mode_is_as_good_as_any(net, on):
             optimizer.importance[name] = optimizer.importance[name] / 2
         train(model, optimizer)
     assert equal(values(net), values(twin))
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.dropin(line=5)
+@pytest.mark.parametrize("inner", ["SGD momentum", "AdamW", "RMSprop"])
+def test_gammas_are_float32_whatever_the_default_dtype(default_dtype, inner):
+    net = Net()
+    plain, before = copy.deepcopy(net), values(net.heads)
+    for model, optimizer in ((net, wrap(net, inner, 0.999)), (plain, INNER[inner](plain.parameters()))):
+        set_gradients(model.parameters())
+        optimizer.step()
+        if model is net:
+            assert optimizer.importance.mean().dtype == torch.float32
+    if default_dtype == torch.float64:  # bfloat16 parameters are too coarse for a thousandth of a step
+        for ours, free, old in zip(values(net.heads), values(plain.heads), before):
+            torch.testing.assert_close(ours, old + (1 - 0.999) * (free - old), rtol=0, atol=1e-7)
