@@ -85,8 +85,9 @@ class Importance(Mapping):
         return self._active
 
     def _was_written(self) -> bool:
-        versions = [] if torch.compiler.is_compiling() else list(map(_version, self._gammas.values()))
-        return bool(versions) and versions != list(self._versions.values())
+        if torch.compiler.is_compiling():  # it cannot compare versions
+            return self._is_handed_out
+        return list(map(_version, self._gammas.values())) != list(self._versions.values())
 
     # Names and parameters
 

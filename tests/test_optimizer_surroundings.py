@@ -284,6 +284,30 @@ def test_a_compiled_step_equals_eager_and_is_compiled_once(net, inner, mask, on,
     assert all((p - q).abs().max() < 3e-6 for p, q in zip(values(net), values(twin)))
 
 
+@pytest.mark.dropin(line=17)
+@pytest.mark.parametrize("inner", ["SGD momentum", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("before", [None, 0.3], ids=["unmasked", "masked"])
+def test_a_compiled_step_masks_by_what_was_written_to_a_state_dict(net, inner, before):
+    """torch.distributed.checkpoint loads in place."""
+    torch._dynamo.reset()
+    twin = copy.deepcopy(net)
+    compiled, eager = wrap(net, inner, before), wrap(twin, inner, before)
+    counter = CompileCounter()
+    step = torch.compile(compiled.step, backend=counter)
+    frames = []
+    for gamma in (None, 0.9, 0.5, 0.9):
+        for model, optimizer, one_step in ((net, compiled, step), (twin, eager, eager.step)):
+            if gamma is not None:
+                for state in optimizer.state_dict()["state"].values():
+                    state["spg_importance"].fill_(gamma)
+            for i in range(2):
+                set_gradients(model.parameters(), seed=i)
+                one_step()
+        frames.append(counter.frame_count)
+    assert all((p - q).abs().max() < 3e-6 for p, q in zip(values(net), values(twin)))
+    assert frames[-1] == frames[-2], frames
+
+
 @pytest.mark.dropin(line=18)
 @pytest.mark.compatibility("an optimizer a parameter, stepping inside backward", "torch", "works with a note",
                            "remove the hooks before `measure_importance`: they would train, and leave no gradient to measure")
