@@ -1,4 +1,4 @@
-"""The importance kernel's machine code for GPUs that are not here: vector widths, spills in loops, waiting, layouts."""
+"""The importance kernel's machine code for GPUs that are not here: vector widths, spills, waiting, layouts."""
 
 import functools
 import re
@@ -39,6 +39,7 @@ NVIDIA = [*(Case(SM90, grad, gamma) for grad in GRADS for gamma in GAMMAS),
           *(Case(SM80, grad, gamma) for grad in GRADS[:2] for gamma in GAMMAS),
           Case(SM89, torch.float32, torch.float32, FLOAT32), Case(SM89, torch.bfloat16, torch.uint8, FLOAT32)]
 AMD = [Case(GFX942, grad, gamma) for grad in GRADS[:2] for gamma in GAMMAS]
+ONE_REGISTER_TOO_FEW = Case(SM80, torch.bfloat16, torch.uint8)  # for Triton 3.7, which spills it once a program, before all loops
 on_nvidia = pytest.mark.parametrize("case", NVIDIA, ids=str)
 on_amd = pytest.mark.parametrize("case", AMD, ids=str)
 
@@ -99,14 +100,16 @@ def test_the_first_element_is_loaded_with_the_others_and_not_before_them(case):
 
 
 @on_nvidia
-def test_no_register_spills_in_a_loop_and_as_many_programs_resident_as_planned(case, tmp_path):
-    """Triton 3.7 has one register too few in one case (sm_80, bfloat16, codes): stored once a program, before all loops."""
+def test_no_register_spills_and_as_many_programs_resident_as_planned(case, tmp_path):
     code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/ +([^;]*);", cuobjdump(case, tmp_path, "-sass"), re.M)
     jumps = [(int(target[1], 16), int(at, 16)) for at, line in code if (target := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", line))]
     loops = [(start, end) for start, end in jumps if start <= end]
     loads, spills = ([int(at, 16) for at, line in code if re.search(names, line)] for names in (r"\bLDG\b", r"\b(?:LDL|STL)\b"))
     assert any(start <= at <= end for at in loads for start, end in loops)
-    assert len(spills) <= 3 and not any(start <= at <= end for at in spills for start, end in loops)
+    if triton.__version__.startswith("3.7.") and case == ONE_REGISTER_TOO_FEW:
+        assert len(spills) <= 3 and not any(start <= at <= end for at in spills for start, end in loops)
+    else:
+        assert not spills
     registers = int(re.search(r"REG:(\d+)", cuobjdump(case, tmp_path, "-res-usage"))[1])
     assert registers * launch.THREADS * importance.RESIDENT <= 65536
 
