@@ -33,6 +33,11 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
+def version(tensor: Tensor) -> int:
+    """Grows with whatever is written to a tensor, or to its shard, into which torch.distributed.checkpoint loads."""
+    return tensor._version if type(tensor) in PLAIN else tensor._version + local(tensor)._version
+
+
 def device_of(parameter: Tensor) -> torch.device:
     """Where `parameter` is computed with: under CPUOffloadPolicy shards lie on the CPU, to be gathered on the mesh's device."""
     if is_dtensor(parameter) and parameter.device.type != parameter.device_mesh.device_type:

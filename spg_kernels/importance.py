@@ -87,7 +87,7 @@ class Importance(Mapping):
     def _was_written(self) -> bool:
         if torch.compiler.is_compiling():  # it cannot compare versions
             return self._is_handed_out
-        return list(map(_version, self._gammas.values())) != list(self._versions.values())
+        return list(map(distributed.version, self._gammas.values())) != list(self._versions.values())
 
     # Names and parameters
 
@@ -103,9 +103,9 @@ class Importance(Mapping):
         if name not in self._gammas:
             self._gammas[name] = torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)
         else:
-            self._active = self._active or _version(self._gammas[name]) != self._versions[name]
+            self._active = self._active or distributed.version(self._gammas[name]) != self._versions[name]
             self._gammas[name] = _placed(self._gammas[name], parameter)
-        self._versions[name] = _version(self._gammas[name])
+        self._versions[name] = distributed.version(self._gammas[name])
         if name in self._parameters:
             del self._names[id(self._parameters[name])]
         self._parameters[name] = parameter
@@ -278,7 +278,7 @@ class Importance(Mapping):
             self._means_are_stale = False
 
     def _note_versions(self, names: Iterable[str]) -> None:
-        self._versions |= {name: _version(self._gammas[name]) for name in names}
+        self._versions |= {name: distributed.version(self._gammas[name]) for name in names}
 
     def summary(self) -> Capacity:
         """The capacity table: how much of each parameter tensor the tasks so far have used up. `print` it, or read `.rows`."""
@@ -400,13 +400,6 @@ class Importance(Mapping):
         self.__dict__.update(state)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._note_versions(self._gammas)
-
-
-def _version(gamma: Tensor) -> int:
-    """Grows with whatever is written to `gamma`, or to its shard, into which torch.distributed.checkpoint loads."""
-    if type(gamma) is Tensor:
-        return gamma._version
-    return gamma._version + distributed.local(gamma)._version
 
 
 def _lies_as(gamma: Tensor, parameter: Tensor) -> bool:

@@ -301,14 +301,14 @@ class Interrupted:
 
     def note(self, finished: int, loader: Iterable, losses: Sequence[Callable], tensors: Iterable[Tensor]) -> None:
         self._finished, self._arguments = finished, self._told_apart(loader, losses)
-        self._versions = [(t, t._version) for t in tensors]
+        self._versions = [(t, distributed.version(t)) for t in tensors]
 
     def finished(self, loader: Iterable, losses: Sequence[Callable], tensors: Sequence[Tensor]) -> int:
         """The losses folded in so far; 0 if the arguments are others, or any tensor was replaced or written since."""
         if not (same_objects(self._told_apart(loader, losses), self._arguments)
                 and same_objects(tensors, [t for t, _ in self._versions])):
             return 0
-        return self._finished if all(t._version == version for t, version in self._versions) else 0
+        return self._finished if all(distributed.version(t) == version for t, version in self._versions) else 0
 
     @staticmethod
     def _told_apart(loader: Iterable, losses: Sequence[Callable]) -> tuple:

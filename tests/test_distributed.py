@@ -330,6 +330,30 @@ def a_trunk_that_runs_past_its_reducer_is_refused(directory):
     assert difference(optimizer.importance.values(), expected.importance.values()) <= CLOSE
 
 
+def an_interrupted_pass_begins_anew_after_a_write_to_shards(directory):
+    """So torch.distributed.checkpoint loads, without the DTensors' knowledge."""
+    net, batches, calls = fully_shard(small_net()), tasks(1)[0], []
+    optimizer, (old, own) = wrap(net), cross_head_losses(net, 1, F.cross_entropy)
+
+    def old_head(batch):
+        calls.append("old")
+        if len(calls) == len(batches) + 1:
+            raise KeyboardInterrupt
+        return old(batch)
+
+    def own_head(batch):
+        calls.append("own")
+        return own(batch)
+
+    losses = [old_head, own_head]
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.measure_importance(batches, losses, progress=False)
+    for p in net.parameters():
+        distributed.local(p).mul_(0.5)
+    optimizer.measure_importance(batches, losses, progress=False)
+    assert calls.count("own") == 2 * len(batches)
+
+
 def heads_stay_heads_while_a_test_has_gathered_them(directory):
     """Of a forward without a backward FSDP2 leaves modules with other parameters than the optimizer has."""
     alone, net, batches = small_net(), fully_shard(small_net()), tasks(1)[0]
@@ -433,10 +457,10 @@ TRAINING = (fully_sharded_training_equals_one_process, importance_of_the_same_gr
             scaled_steps_on_shards_skip_together, tensor_parallel_training_equals_one_process,
             data_parallel_training_equals_one_process, a_zero_redundancy_checkpoint_has_the_importance)
 CHANGES = (non_finite_gradients_raise_the_same_everywhere, a_pass_whose_gradients_nobody_reduced_is_refused,
-           a_trunk_that_runs_past_its_reducer_is_refused, heads_stay_heads_while_a_test_has_gathered_them,
-           batches_are_moved_to_the_device_of_the_mesh, importance_follows_parameters_into_shards,
-           a_model_born_on_meta_is_sharded_then_filled, flattened_parameters_are_refused,
-           an_optimizer_that_steps_in_backward_is_refused)
+           a_trunk_that_runs_past_its_reducer_is_refused, an_interrupted_pass_begins_anew_after_a_write_to_shards,
+           heads_stay_heads_while_a_test_has_gathered_them, batches_are_moved_to_the_device_of_the_mesh,
+           importance_follows_parameters_into_shards, a_model_born_on_meta_is_sharded_then_filled,
+           flattened_parameters_are_refused, an_optimizer_that_steps_in_backward_is_refused)
 
 
 def test_two_three_and_four_ranks_equal_one_process(tmp_path):
