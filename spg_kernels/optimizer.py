@@ -231,7 +231,7 @@ class SPGOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._fused_step.take(self.inner, self.importance, self._gamma, self.mask, self.backend, self._step_alone)
+        self._fused_step.step(self.inner, self.importance, self._gamma, self.mask, self.backend, self._step_alone)
         return loss
 
     def _inner_step(self, closure: Callable | None):
