@@ -13,23 +13,23 @@ from .memory import check_disjoint
 from .state import SCALER
 
 
-def is_tracked(inner: Optimizer, backend: str) -> bool:
-    """Whether autograd follows the step (`differentiable=True`), which it can through the reference alone."""
-    tracked = inner.defaults.get("differentiable", False)
-    if tracked and backend not in ("auto", "reference"):
+def is_differentiable(inner: Optimizer, backend: str) -> bool:
+    """Whether `inner` has `differentiable=True`: autograd follows the step then, which it can only through the reference."""
+    differentiable = inner.defaults.get("differentiable", False)
+    if differentiable and backend not in ("auto", "reference"):
         raise ops.BackendError(f"backend {backend!r}: autograd cannot see through its kernels, and {type(inner).__name__} has "
                                "differentiable=True")
-    return tracked
+    return differentiable
 
 
 def update_masked_step(step: Callable, closure: Callable | None, parameters: list[Tensor], gamma_of: Callable[[Tensor], Tensor],
-                       backend: str, tracked: bool):
+                       backend: str, differentiable: bool):
     """p <- p_old + (1 - gamma)(p_new - p_old) around `step(closure)`. If that fails, parameters are as before."""
     # Frozen parameters too, if they have a gradient or a closure may give them one: inner steps ask for nothing else.
     moving = [p for p in parameters if p.requires_grad or p.grad is not None or (closure is not None and _may_train(p))]
     gammas = [distributed.local(gamma_of(p)) for p in moving]
-    values = moving if tracked else _values(moving)
-    if tracked:
+    values = moving if differentiable else _values(moving)
+    if differentiable:
         with torch.enable_grad():
             old = [p.clone() for p in values]
     else:
@@ -40,7 +40,7 @@ def update_masked_step(step: Callable, closure: Callable | None, parameters: lis
         check_disjoint({"params": values}, {})
     try:
         loss = step(closure)
-        if tracked:
+        if differentiable:
             with torch.enable_grad():
                 ops.reference.update_mask_(values, old, gammas)
         else:  # looked up again: a closure may have given a parameter other memory
@@ -53,7 +53,7 @@ def update_masked_step(step: Callable, closure: Callable | None, parameters: lis
 
 
 def gradient_masked_step(step: Callable, closure: Callable | None, parameters: list[Tensor],
-                         gamma_of: Callable[[Tensor], Tensor], backend: str, tracked: bool):
+                         gamma_of: Callable[[Tensor], Tensor], backend: str, differentiable: bool):
     """`step` on masked copies of the gradients. A closure makes new gradients, which are masked after it ran."""
     originals: list[tuple[Tensor, Tensor]] = []
 
@@ -64,7 +64,7 @@ def gradient_masked_step(step: Callable, closure: Callable | None, parameters: l
 
     def mask() -> None:
         with_grad = [p for p in parameters if p.grad is not None]
-        if tracked:
+        if differentiable:
             with torch.enable_grad():
                 masked = [ops.reference.scale(p.grad, gamma_of(p)) for p in with_grad]
         else:

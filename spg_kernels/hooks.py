@@ -13,10 +13,12 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 _WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__  # of torch's own around the step of every optimizer
 
 
-def watched(step: Callable) -> Callable:
-    """An optimizer's `step` in torch's own wrapper, which calls hooks and names the step to a profiler, where there is one of
-    either, or a closure, which may bring one. Else the wrapper takes longer than the step of a small model: up to 0.2 ms after
-    a pass over a large one. (torch.profiler.ExecutionTraceObserver, used without a profiler, then has no range for the step.)
+def with_hooks(step: Callable) -> Callable:
+    """An optimizer's `step` that goes through torch's own wrapper only where that has something to do.
+
+    The wrapper calls step hooks and opens a profiler range. It is used if there is a hook or a profiler, or a closure, which
+    may register one. Otherwise it would take longer than a small model's step: up to 0.2 ms after a pass over a large one.
+    (torch.profiler.ExecutionTraceObserver, used without a profiler, then has no range for the step.)
     """
     in_wrapper = Optimizer.profile_hook_step(step)
 
@@ -34,11 +36,12 @@ def watched(step: Callable) -> Callable:
     return maybe_in_wrapper
 
 
-def unwatched(step: Callable) -> Callable:
-    """An optimizer class's `step` without torch's wrapper, if that is what it is: `hooked` and `__wrapped__` do not tell, for
-    `functools.wraps` copies them to whatever a user puts around it.
+def without_hooks(step: Callable) -> Callable:
+    """An optimizer class's `step` without torch's wrapper, if it is in one.
+
+    Recognized by its code: `functools.wraps` copies `hooked` and `__wrapped__` to any wrapper that a user puts around it.
     """
-    # torch.compile keeps itself out of LBFGS and SparseAdam: around torch's wrapper, or inside it where that came later.
+    # torch.compile disables itself in LBFGS and SparseAdam, by a function around torch's wrapper or inside it.
     for bare in (step, getattr(step, "_torchdynamo_orig_callable", None)):
         if getattr(bare, "__code__", None) is _WRAPPER:
             return bare.__wrapped__
@@ -46,8 +49,8 @@ def unwatched(step: Callable) -> Callable:
 
 
 @contextmanager
-def unheard(inner: Optimizer) -> Iterator[None]:
-    """Whatever calls `inner`'s own step hooks in here finds none. Those of all optimizers it finds."""
+def own_hooks_suspended(inner: Optimizer) -> Iterator[None]:
+    """Within this context `inner` has no step hooks of its own. Hooks that torch has for all optimizers still run."""
     kept = inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks
     inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     try:

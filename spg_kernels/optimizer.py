@@ -13,7 +13,7 @@ from . import fused, generic, ops
 from .checkpoints import by_key, taken_apart
 from .files import check_tasks
 from .heads import heads_of, parameters_of, refuse_known
-from .hooks import unheard, unwatched, watched
+from .hooks import own_hooks_suspended, with_hooks, without_hooks
 from .importance import Importance, as_named, by_name
 from .measuring import Interrupted, measure
 from .state import KEY, SCALER, TASKS, State, forget_rates, initialize, without_importance
@@ -213,7 +213,7 @@ class SPGOptimizer(Optimizer):
         """The inner optimizer's."""
         self.inner.zero_grad() if set_to_none else self.inner.zero_grad(False)  # older optimizers' takes no argument
 
-    @watched
+    @with_hooks
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One masked step of the inner optimizer; unmasked until importance was measured. Leaves every `.grad` as it was.
 
@@ -241,16 +241,16 @@ class SPGOptimizer(Optimizer):
             if not torch.compiler.is_compiling():  # the compiler of torch 2.11 fails where an optimizer's attribute is set
                 self._may_be_ahead = False
         arguments = () if closure is None else (closure,)
-        step = fused.patched_step(self.inner) or partial(unwatched(type(self.inner).step), self.inner)
+        step = fused.patched_step(self.inner) or partial(without_hooks(type(self.inner).step), self.inner)
         if not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks):
             return step(*arguments)
-        with unheard(self.inner):  # a step of a user's own may call torch's, in its wrapper
+        with own_hooks_suspended(self.inner):  # a step of a user's own may call torch's, in its wrapper
             return step(*arguments)
 
     def _generic_step(self, closure: Callable | None, parameters: list[Tensor]):
         masked_step = generic.update_masked_step if self.mask == "update" else generic.gradient_masked_step
-        tracked = generic.is_tracked(self.inner, self.backend)
-        return masked_step(self._inner_step, closure, parameters, self._gamma, self.backend, tracked)
+        differentiable = generic.is_differentiable(self.inner, self.backend)
+        return masked_step(self._inner_step, closure, parameters, self._gamma, self.backend, differentiable)
 
     def _step_alone(self, parameters: list[Tensor]) -> None:
         generic.step_alone(partial(self._generic_step, parameters=parameters), self.inner, parameters)
