@@ -2,18 +2,16 @@
 
 from .importance import Importance
 from .measuring import SharedTrunkLosses, cross_head_losses
-from .ops import (
-    BackendError,
-    NonFiniteGradientError,
-    SPGError,
+from .ops import BackendError, NonFiniteGradientError, SPGError
+from .optimizer import SPGOptimizer
+from .functional import (  # after the module of that name: `importance` is the function here
     accumulate_importance_,
-    importance,  # the function; the module of that name stays importable as `from spg_kernels.importance import ...`
+    importance,
     masked_adamw_,
     masked_sgd_,
     soft_mask_,
     update_mask_,
 )
-from .optimizer import SPGOptimizer
 
 __version__ = "0.1.0"
 

@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 from . import distributed, ops
 from .backends.tensors import PLAIN
+from .checks import is_floating
+from .functional import soft_mask_, update_mask_
 from .memory import check_disjoint
 from .state import SCALER
 
@@ -44,7 +46,7 @@ def update_masked_step(step: Callable, closure: Callable | None, parameters: lis
             with torch.enable_grad():
                 ops.reference.update_mask_(values, old, gammas)
         else:  # looked up again: a closure may have given a parameter other memory
-            ops.update_mask_(_values(moving), old, gammas, backend=backend)
+            update_mask_(_values(moving), old, gammas, backend=backend)
     except BaseException:
         for parameter, value in zip(_values(moving), old):
             parameter.copy_(value)
@@ -125,7 +127,7 @@ def step_alone(step: Callable, inner: Optimizer, own: list[Tensor]) -> None:
 
 def _may_train(parameter: Tensor) -> bool:
     """Not whole numbers, and not float8."""
-    return ops.is_floating(parameter) or parameter.is_complex()
+    return is_floating(parameter) or parameter.is_complex()
 
 
 def _values(parameters: list[Tensor]) -> list[Tensor]:
@@ -154,7 +156,7 @@ def _masked_copies(grads: list[Tensor], gammas: list[Tensor], backend: str) -> l
         calls.setdefault((grad.device, grad.dtype) if grad.layout == torch.strided else i, []).append(i)
     for call in calls.values():
         factors = [_at_values_of(masked[i], gammas[i]) for i in call]
-        ops.soft_mask_([_values_of(masked[i]) for i in call], factors, backend=backend)
+        soft_mask_([_values_of(masked[i]) for i in call], factors, backend=backend)
     return masked
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import distributed, files, ops
 from .capacity import Capacity, LayerCapacity, totals_of
+from .checks import GAMMA_DTYPES, is_floating
 
 
 def as_named(named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -62,7 +63,7 @@ class Importance(Mapping):
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]] = (), dtype: torch.dtype = torch.float32):
-        if dtype not in ops.GAMMA_DTYPES:
+        if dtype not in GAMMA_DTYPES:
             raise ValueError(f"dtype: expected torch.float32 or torch.uint8 (8-bit codes), got {dtype!r}")
         self.dtype = dtype
         self.tasks = 0
@@ -422,7 +423,7 @@ def _as_stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value`, gammas in [0, 1] or uint8 codes, as `dtype` stores it."""
     if value.dtype == torch.uint8:
         return value if dtype == torch.uint8 else distributed.on_shards(ops.decode, value)
-    if not ops.is_floating(value):
+    if not is_floating(value):
         raise TypeError(f"{name}: expected floating point gammas or torch.uint8 codes, got {value.dtype}")
     if distributed.some(distributed.on_shards(_outside, value)):
         seen = distributed.whole(value)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from . import fused, generic, ops
 from .checkpoints import by_key, taken_apart
+from .checks import check_mask
 from .files import check_tasks
 from .heads import heads_of, parameters_of, refuse_known
 from .hooks import own_hooks_suspended, with_hooks, without_hooks
@@ -395,7 +396,7 @@ class SPGOptimizer(Optimizer):
 
 
 def _check_mask(inner: Optimizer, mask: str) -> None:
-    ops.check_mask(mask)
+    check_mask(mask)
     if mask == "update" and callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None)):
         raise ValueError(f"mask: {type(inner).__name__} moves the parameters in train() and eval() too, which undoes "
                          "mask='update'; use mask='gradient'")

@@ -20,9 +20,9 @@ from spg_kernels import (
     NonFiniteGradientError,
     SharedTrunkLosses,
     SPGOptimizer,
+    accumulate_importance_,
     cross_head_losses,
     distributed,
-    ops,
 )
 
 from . import oracle, ranks
@@ -75,7 +75,7 @@ def shards_equal_the_oracle(directory):
     for case, grad, gamma, code in zip(cases, whole, gammas, codes, strict=True):
         assert difference([gamma], [oracle.importance(grad)]) <= CLOSE, case
         expected = torch.zeros_like(grad, dtype=torch.uint8)
-        ops.accumulate_importance_([expected], [grad])
+        accumulate_importance_([expected], [grad])
         assert torch.equal(code.full_tensor(), expected), case
 
 
@@ -84,7 +84,7 @@ def wide_float64_gradients_keep_their_digits(directory):
     x = torch.randn(1000, dtype=torch.float64)
     for grad in (x * 1e-200, x * 1e200, 1e9 + x * 1e-4, torch.view_as_complex(torch.stack([x, 3 - x], -1))):
         expected, sharded = torch.zeros(grad.shape), distribute_tensor(grad, mesh, [Shard(0)])
-        ops.accumulate_importance_([expected], [grad], backend="reference")
+        accumulate_importance_([expected], [grad], backend="reference")
         gamma = torch.zeros_like(sharded, dtype=torch.float32)
         distributed.fold([gamma], [sharded], ["name"], "auto")
         assert difference([gamma], [expected]) <= 2e-7
