@@ -22,7 +22,7 @@ def section(folder: Path) -> str:
                      key=lambda each: (any(map(results.is_old, each[0])), -len(each[0])))
     if not records:
         return "No measurements are recorded yet."
-    parts, machines = [tables.legend()], set()
+    parts, machines = [tables.LEGEND], set()
     for rows, name in records:
         known = rows[0]["machine"] in machines
         parts.append((tables.readme_line if known else tables.readme_section)(rows, name))

@@ -13,7 +13,7 @@ _PASSES = ("importance", "soft mask", "update mask", "sgd", "sgd momentum", "ada
            "adamw, before importance")
 _PEERS = ("a pass a head", "eager", "foreach", "compile", "copy, step, lerp", "unmasked foreach", "unmasked fused")
 _SET_ORDER = (*SETS, "small network")
-_LEGEND = (
+LEGEND = (
     "Times are medians in milliseconds (p20 to p80). The columns from `eager` on are that contender's time over ours with "
     "float32 gamma, within the same round: above 1 it is slower than ours, **below 1 faster**. `of copy` is the share of the "
     "machine's copy bandwidth, measured in the same rounds, at the bytes a pass must move at least; a pass in place can "
@@ -139,13 +139,9 @@ def _page(name: str) -> str:
     return f"[bench/results/{name}.md](bench/results/{name}.md)"
 
 
-def legend() -> str:
-    return _LEGEND
-
-
 def full_page(rows: list[dict], name: str) -> str:
     """`results/<device>.md`: every row."""
-    parts = [f"# {name}", stamp_lines(rows), _LEGEND, "## Targets", target_table(rows, rows[0]["device"]),
+    parts = [f"# {name}", stamp_lines(rows), LEGEND, "## Targets", target_table(rows, rows[0]["device"]),
              "## Passes", pass_table(rows)]
     for (pass_name, set_name), by_name in cases(rows).items():
         row = next(iter(by_name.values()))
