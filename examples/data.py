@@ -1,7 +1,5 @@
 """The data sets and their split into tasks of disjoint classes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

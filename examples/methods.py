@@ -1,7 +1,5 @@
 """The methods side by side, and one run of one of them: a model trained on one task after another."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable

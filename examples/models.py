@@ -1,7 +1,5 @@
 """The networks: a convolutional trunk without batch normalization, shared by all tasks, and one linear head per task."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

@@ -8,8 +8,6 @@ Every process takes its share of every batch. Dropout is off: each process would
 the order in which float32 numbers are added up.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 

@@ -1,7 +1,5 @@
 """Two pictures: the accuracy of every task as later tasks are trained, and the capacity that each layer has used up."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Both are read with every length checked against the file, and neither can run co
 a program.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import pickle

@@ -1,7 +1,5 @@
 """What the runs say: accuracy, backward and forward transfer, as a table and as JSON."""
 
-from __future__ import annotations
-
 import json
 import platform
 import statistics

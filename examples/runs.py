@@ -1,7 +1,5 @@
 """All runs of the experiment, side by side in worker processes."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

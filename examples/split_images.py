@@ -6,8 +6,6 @@ writes results.json, accuracy.png and capacity.png and prints accuracy, backward
 set is inside scikit-learn; fashion-mnist and cifar100 are read from a directory.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
