@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, plans
+from .elementwise import ELEMENT, vector
 
 # What a work item asks for; the host builds items as tile << 32 | tensor << 2 | kind.
 STATISTICS, FOLD, BOTH = (tl.constexpr(kind) for kind in range(3))
@@ -333,10 +334,10 @@ def tiling_of(device: torch.device) -> Tiling:
 
 def kernel_constants(grad: torch.dtype, gamma: torch.dtype, aligned: bool, tiling: Tiling) -> dict:
     """The compile-time arguments of the kernel. A thread's vector is 16 bytes of the widest dtype that a loop touches."""
-    contiguous, fold_contiguous = 16 // grad.itemsize, 16 // max(grad.itemsize, gamma.itemsize)
+    contiguous, fold_contiguous = vector(grad), vector(grad, gamma)
     lanes, fold_lanes = (min(tiling.step, launch.THREADS * n) for n in (contiguous, fold_contiguous))
     return {
-        "GRAD": _TRITON_DTYPES[grad], "GAMMA": _TRITON_DTYPES[gamma], "ALIGNED": aligned, "FLOAT64": tiling.float64,
+        "GRAD": ELEMENT[grad], "GAMMA": ELEMENT[gamma], "ALIGNED": aligned, "FLOAT64": tiling.float64,
         "TILE": tiling.tile, "STEP": tiling.step, "LANES": lanes, "CONTIGUOUS": contiguous,
         "FOLD_LANES": fold_lanes, "FOLD_CONTIGUOUS": fold_contiguous,
     }
@@ -353,9 +354,6 @@ def _programs(place: launch.Place, items: int) -> int:
     if place.device.type == "cuda" and launch.programs_override is None:
         items = min(items, RESIDENT * torch.cuda.get_device_properties(place.device).multi_processor_count)
     return launch.programs(place, items)
-
-
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
 
 
 def _accumulate(piece: plans.Piece, finite: Tensor) -> None:
