@@ -11,12 +11,13 @@ from torch.optim import Optimizer
 
 from . import fused, generic, ops
 from .checkpoints import by_key, taken_apart
-from .checks import check_mask
 from .files import check_tasks
 from .heads import heads_of, parameters_of, refuse_known
 from .hooks import own_hooks_suspended, with_hooks, without_hooks
-from .importance import Importance, as_named, by_name
+from .importance import Importance
+from .inner import caveat_of, check_maskable
 from .measuring import Interrupted, measure
+from .names import as_named, by_name
 from .state import KEY, SCALER, TASKS, State, forget_rates, initialize, without_importance
 
 
@@ -53,10 +54,7 @@ class SPGOptimizer(Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
         if importance is not None and not isinstance(importance, Importance):
             raise TypeError(f"importance: expected an Importance, got {type(importance).__name__}")
-        _check_mask(optimizer, mask)
-        if getattr(optimizer, "_overlap_with_ddp", False):
-            raise ValueError("optimizer: ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside backward, where no "
-                             "mask reaches; use overlap_with_ddp=False")
+        check_maskable(optimizer, mask)
         ops.require_backend(backend)
         self.inner = optimizer
         self.importance = Importance(dtype=importance_dtype) if importance is None else importance
@@ -95,8 +93,8 @@ class SPGOptimizer(Optimizer):
 
     @mask.setter
     def mask(self, mask: str) -> None:
-        _check_mask(self.inner, mask)
-        before = _caveat(self.inner, self._mask)
+        check_maskable(self.inner, mask)
+        before = caveat_of(self.inner, self._mask)
         self._mask = mask
         self._warn_of_caveat(before)
 
@@ -192,7 +190,7 @@ class SPGOptimizer(Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """Add a group to the inner optimizer; parameters of `heads` are heads, all others trunk, new names with gamma = 0."""
         self._find_heads()
-        before = _caveat(self.inner, self.mask)
+        before = caveat_of(self.inner, self.mask)
         self.inner.add_param_group(param_group)
         try:
             self._warn_of_caveat(before)
@@ -202,7 +200,7 @@ class SPGOptimizer(Optimizer):
             raise
 
     def _warn_of_caveat(self, before: str | None) -> None:
-        if not before and (caveat := _caveat(self.inner, self.mask)):
+        if not before and (caveat := caveat_of(self.inner, self.mask)):
             warnings.warn(f"mask={self.mask!r} around {type(self.inner).__name__}, which {caveat}", stacklevel=3)
 
     def _parameters(self) -> list[Tensor]:
@@ -393,23 +391,3 @@ class SPGOptimizer(Optimizer):
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)  # heads that hold this optimizer have no parameters yet: they are looked for when needed
         self._set_up()
-
-
-def _check_mask(inner: Optimizer, mask: str) -> None:
-    check_mask(mask)
-    if mask == "update" and callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None)):
-        raise ValueError(f"mask: {type(inner).__name__} moves the parameters in train() and eval() too, which undoes "
-                         "mask='update'; use mask='gradient'")
-
-
-def _caveat(inner: Optimizer, mask: str) -> str | None:
-    """What `inner` does that does not go with `mask`; None if they go together."""
-    if isinstance(inner, torch.optim.LBFGS):
-        masked = "training may diverge" if mask == "update" else "all that is not fully important moves further than it should"
-        return f"makes one step of all parameters together: {masked}; SGD and AdamW can be masked"
-    if mask == "update":
-        return None
-    undone = "important parameters will move all the same; mask='update' protects them"
-    if not isinstance(inner, torch.optim.SGD):
-        return f"adapts its step to the scale of the gradient: {undone}"
-    return f"decays weights: {undone}" if any(group.get("weight_decay") for group in inner.param_groups) else None
