@@ -37,7 +37,7 @@ def update_masked_step(step: Callable, closure: Callable | None, parameters: lis
     else:
         old = _copies(values)
     if moving and not torch.compiler.is_compiling():
-        # Whatever refuses must do so before the inner step changes its state.
+        # Whatever raises must do so before the inner step changes its state.
         ops.choose("update_mask_", (values, old, gammas), backend)
         check_disjoint({"params": values}, {})
     try:
@@ -126,7 +126,7 @@ def step_alone(step: Callable, inner: Optimizer, own: list[Tensor]) -> None:
 
 
 def _may_train(parameter: Tensor) -> bool:
-    """Not whole numbers, and not float8."""
+    """Whether its dtype can have gradients, as integers and float8 cannot."""
     return is_floating(parameter) or parameter.is_complex()
 
 
@@ -151,7 +151,8 @@ def _masked_copies(grads: list[Tensor], gammas: list[Tensor], backend: str) -> l
     dense = [i for i, sparse in enumerate(masked) if sparse is None]
     for i, copied in zip(dense, _copies([grads[i] for i in dense])):
         masked[i] = copied
-    calls: dict[object, list[int]] = {}  # a kind of tensors a call: one that no kernel takes leaves the others their plan
+    # One call for each device and dtype, so that a kind that no kernel takes does not keep the others from theirs.
+    calls: dict[object, list[int]] = {}
     for i, grad in enumerate(masked):
         calls.setdefault((grad.device, grad.dtype) if grad.layout == torch.strided else i, []).append(i)
     for call in calls.values():

@@ -13,7 +13,7 @@ from .names import as_named, by_name
 
 
 class _OfTheClass(classmethod):
-    """A class method that no instance has: it would seem to change that."""
+    """A class method that cannot be called on an instance, where it would seem to load into it."""
 
     def __get__(self, instance: object, owner: type | None = None):
         if instance is not None:
@@ -212,15 +212,15 @@ class Importance(Mapping):
         """`accumulate` of (parameter, gradient) pairs: a gradient need not be the parameter's `.grad`, nor of its dtype."""
         folded = {self._key(p): (p, grad) for p, grad in gradients}
         for name, (parameter, _) in folded.items():
-            distributed.refuse_flattened(name, parameter)  # once more: after it was known, somebody may have
+            distributed.refuse_flattened(name, parameter)  # again: it may have been flattened since it was added
         self._will_change(bool(folded))
         distributed.fold([self.gamma(p) for p, _ in folded.values()], [grad for _, grad in folded.values()], list(folded),
                          backend)
-        # Not in the next step alone: a captured one is replayed without a call, and reads the heads' mean where it lies.
+        # Now, not at the next step: a CUDA graph's replay calls nothing here, and reads the heads' mean where it lies.
         self._refresh_means(look=False)
 
     def _will_change(self, active: bool) -> None:
-        # Before any gamma changes, not after: whatever interrupts the change, the next step masks by what it left.
+        # Called before any gamma changes: if the change is interrupted, the next step masks by what was written so far.
         self._active = self.active or active
         self._means_are_stale = True
 
@@ -246,7 +246,7 @@ class Importance(Mapping):
         self._is_handed_out = False
 
     def _refresh_means(self, look: bool) -> None:
-        # To `look` at every gamma, whether somebody wrote to it, takes a tenth of a step's time on the host.
+        # `look`: compare the version of every gamma, in case somebody wrote to it. It takes a tenth of a step's host time.
         if self._means and (self._means_are_stale or (look and self._was_written())):
             self._active = self.active
             for kept in self._means.values():

@@ -180,12 +180,14 @@ def _refuse_past_reducer(trunk: Callable, parameters: Sequence[Tensor]) -> None:
 
 def _fold(sweep: range, sums: list[list], parameters: Sequence[Tensor], fold: Fold, folded: Callable[[int], None],
           reached: bool) -> bool:
-    """Whether any loss so far, `reached` says of earlier ones, gave a gradient. `folded` is told which were."""
+    """Fold in the gradient sums of a sweep's losses, and tell `folded` of each. Whether any loss so far gave a gradient, as
+    `reached` says of earlier ones.
+    """
     for loss, gradients in zip(sweep, sums):
         pairs = [(p, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None]
         fold(pairs)
         reached = reached or bool(pairs)
-        if reached:  # or the next call, which goes on after what was finished, would take the pass for a measured one
+        if reached:  # else the next call, which resumes after the losses told here, would count a pass without any gradient
             folded(loss)
     return reached
 
@@ -197,7 +199,7 @@ def _plain_sums(batches: Iterable, losses: Sequence[Callable], sweep: range, par
 
 
 def _scalar(loss: object, index: int) -> Tensor:
-    """`loss` as it is; of a tuple, torch.autograd.grad would take the sum, and .backward() is none of its methods."""
+    """`loss`, checked: torch.autograd.grad would sum up a tuple, where .backward() fails without a name."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         seen = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"losses[{index}]: expected a function that gives a tensor of one element, got {seen}")
@@ -227,7 +229,7 @@ def _shared_sums(batches: Iterable, losses: SharedTrunkLosses, sweep: range, par
 
 
 def _refuse_reentrant_checkpoint(loss: Tensor) -> None:
-    """torch.autograd.grad only fails in such a block where something before it is trained; else it passes the block by."""
+    """TypeError for reentrant checkpoints, whose parameters torch.autograd.grad may leave out without an error."""
     nodes, seen = [loss.grad_fn], {None}
     while nodes:
         if (node := nodes.pop()) not in seen:

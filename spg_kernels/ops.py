@@ -98,7 +98,7 @@ def _modules(backend: str) -> list[ModuleType]:
 
 def _known(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan, array | None] | None:
     """The backend that has a plan for tensors like these, the plan, and their addresses, or none if it refuses some tensor."""
-    for module in _modules(backend):  # plans know their devices; to ask a tensor for its own takes longer
+    for module in _modules(backend):  # a plan compares devices itself, which is faster than reading a tensor's `.device`
         if known := module.PLANS.known(op, lists):
             return module, *known
     return None
@@ -118,14 +118,14 @@ def choose(op: str, lists: Lists, backend: str) -> tuple[ModuleType, Plan | None
     """
     try:
         known = _known(op, lists, backend)
-    except TypeError:  # something without a length, which is named here
+    except TypeError:  # an argument is no list: `check_lists` below says which
         known = None
     if known and known[2] is not None:
         return known
-    check_lists(op, lists)  # what is like some tensors that kernels took passes
+    check_lists(op, lists)  # not needed above: tensors like these passed when the plan was made
     chosen, plan, addresses = known or _make(op, lists, backend)
     if plan is not None and plan.refused and backend != "auto":
-        _check_memory(op, lists)  # what no backend can take is an error of its own
+        _check_memory(op, lists)  # first: shared memory is an error under every backend
         index, reason = plan.first_refusal()
         raise BackendError(f"backend {backend!r}, {op}: tensor {index} of {len(lists[0])} {reason}")
     return chosen, plan, addresses
@@ -138,8 +138,8 @@ def _run(op: str, lists: Lists, kwargs: dict, backend: str):
         if not plan.is_disjoint(addresses):
             _check_memory(op, lists)
             plan.remember_disjoint(addresses)
-        # Kernels write through raw pointers, which autograd cannot see. It is told before, while the tensors' records are still
-        # in the cache from being looked at: after a pass over a model they are not.
+        # Kernels write through raw pointers, which autograd cannot see, so versions are counted up here. Before the launch:
+        # the tensors' records are still in the CPU's cache from the look-up, and after a pass over a model they are not.
         for i in _MUTATED[op]:
             increment_version(lists[i])
         return getattr(chosen, op)(plan.launch, addresses, **kwargs)
@@ -193,13 +193,13 @@ _LIBRARY = torch.library.Library("spg_kernels", "DEF")
 
 
 def call(op: str, lists: Lists, backend: str, **kwargs):
-    """Run `op`, through torch's dispatcher only where somebody traces it: with long lists the way there costs more than a step."""
-    if torch.jit.is_tracing():  # it records what is done in place to tensors, not to lists of them
+    """Run `op`; through torch's dispatcher only under a tracer, for with long lists it takes longer than a step."""
+    if torch.jit.is_tracing():  # it records operations in place on tensors, but not on lists of tensors
         return _run(op, lists, kwargs, "reference")
     if not is_compiling() and not _len_torch_dispatch_stack():
         return _run(op, lists, kwargs, backend)
     check_lists(op, lists)
-    # Named, or a tensor lr would become a float, which on a GPU is a synchronization.
+    # The overload is named: torch would choose the one that makes a float of a tensor lr, which synchronizes with a GPU.
     overload = "tensor_lr" if isinstance(kwargs.get("lr"), Tensor) else "default"
     return getattr(getattr(torch.ops.spg_kernels, op), overload)(*lists, backend=backend, **kwargs)
 
@@ -275,7 +275,7 @@ def _register(name: str, schema: str) -> None:
     op = name.partition(".")[0]
 
     def kernel(*lists, backend="auto", **kwargs):
-        if "lr" in kwargs:  # once more, for who calls the operator by hand
+        if "lr" in kwargs:  # again, for direct calls of torch.ops.spg_kernels
             kwargs = check_settings(op, lists, kwargs)
         return _importance(*lists, backend) if op == "importance" else _run(op, lists, kwargs, backend)
 
@@ -299,7 +299,7 @@ for _name, _schema in _SCHEMAS.items():
 def _require_finite(finite: Tensor, names: list[str]) -> None:
     if finite.is_meta:
         return
-    if is_compiling() or type(finite) not in PLAIN:  # a fake one, of whoever traces
+    if is_compiling() or type(finite) not in PLAIN:  # a tracer's fake tensor
         torch._assert_async(finite.all(), "spg_kernels: inf or NaN in a gradient, its importance is unchanged")
     elif not finite.all():
         raise NonFiniteGradientError([name for name, ok in zip(names, finite.reshape(-1).tolist()) if not ok])

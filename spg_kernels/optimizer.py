@@ -70,7 +70,7 @@ class SPGOptimizer(Optimizer):
         self._warn_of_caveat(before=None)
 
     def _set_up(self) -> None:
-        # Optimizer.__init__ would take over the parameter groups; its __setstate__ makes what else the base class needs.
+        # Optimizer.__init__ would build parameter groups of its own; __setstate__ makes all else that the base class needs.
         Optimizer.__setstate__(self, {})
         # Step hooks of the inner optimizer are this one's: they fire once, around the masked step.
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):  # wrappers may do without, as this one does
@@ -79,12 +79,12 @@ class SPGOptimizer(Optimizer):
         self._optimizer_step_post_hooks = self.inner._optimizer_step_post_hooks
         self._head_parameters: dict[int, Tensor] = {}
         self._fused_step = fused.FusedStep()
-        self._may_be_ahead = True  # whether the inner state may be set up for parameters that were not stepped yet
+        self._may_be_ahead = True  # whether the inner optimizer may have state of parameters that it has not stepped yet
         self._interrupted = Interrupted()
 
     param_groups = _of_inner("param_groups")
     defaults = _of_inner("defaults")
-    grad_scale, found_inf = map(_of_inner, SCALER)  # which torch's fused optimizers look for in themselves
+    grad_scale, found_inf = map(_of_inner, SCALER)  # torch's fused optimizers look for them among their own attributes
 
     @property
     def mask(self) -> str:
@@ -100,7 +100,7 @@ class SPGOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler is to leave unscaling and skipping to the step, which then neither waits for a device.
+        """Whether a GradScaler leaves unscaling and skipping to the step, so that the host does not wait for the device.
 
         Only where the inner optimizer was built to (`fused=True`): clipping in some trainers refuses any that does.
         """
@@ -124,8 +124,8 @@ class SPGOptimizer(Optimizer):
         self.inner.state = state
 
     def __getattr__(self, name: str) -> object:
-        # Trainers switch the mode of an optimizer that has one, as schedule-free ones do. Nothing else shines through: what
-        # somebody finds there and calls would go past the mask.
+        # Trainers switch the mode of an optimizer that has one, as schedule-free ones do. Nothing else is forwarded: another
+        # method of the inner optimizer, called through here, would go past the mask.
         if name in ("train", "eval"):
             return getattr(self.inner, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -135,7 +135,7 @@ class SPGOptimizer(Optimizer):
     def _find_heads(self) -> None:
         parameters = parameters_of(self._heads)
         refuse_known([name for name in map(self.importance.name_of, parameters) if name is not None])
-        # What was a head stays one: while FSDP2 keeps parameters gathered after a forward pass, modules show others.
+        # Earlier ones are kept: while FSDP2 has parameters gathered after a forward pass, modules list other objects.
         self._head_parameters |= {id(p): p for p in parameters}
 
     def _name_trunk(self, all_are_named: bool) -> None:
@@ -389,5 +389,5 @@ class SPGOptimizer(Optimizer):
         return {key: vars(self)[key] for key in ("inner", "importance", "_mask", "backend", "_heads", "_named")}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)  # heads that hold this optimizer have no parameters yet: they are looked for when needed
+        self.__dict__.update(state)  # heads are looked up when needed: being unpickled, they may have no parameters yet
         self._set_up()

@@ -125,8 +125,9 @@ def initialize(inner: Optimizer) -> None:
 
 
 def forget_rates(inner: Optimizer) -> None:
-    """Rprop and ASGD keep the learning rate in a parameter's state, as it is in the first step that sees its gradient. A state that
-    `initialize` made, for a checkpoint, keeps an earlier one: that step shall make it anew.
+    """Delete the state of parameters that Rprop or ASGD has not stepped yet, for the first step to make anew.
+
+    Both store the learning rate in it; what `initialize` stored, for a checkpoint, may have changed by then.
     """
     if isinstance(inner, Rprop | ASGD):
         for parameter, entry in list(inner.state.items()):

@@ -66,7 +66,7 @@ class _Launch:
                                 *scalars, torch.get_num_threads())
         if status == 1:
             raise MemoryError(f"{self._function.__name__}: no memory for its work list")
-        if status:  # a dtype that a plan let through: ours to mend
+        if status:  # a dtype that a plan should have refused: a bug of this package
             raise RuntimeError(f"{self._function.__name__}: status {status}")
 
 

@@ -37,8 +37,8 @@ class Plan:
                    for i in range(len(lists[0])))
         self.refused: dict[int, str] = {i: reason for i, reason in reasons if reason}
         self.launch: Any = None if self.refused else build(op, named)
-        # Gives the addresses of tensors that are like this plan's own in all but addresses and numbers; None for others. There is
-        # none where what was refused may be something that is not looked at then.
+        # Gives the addresses of tensors that are like this plan's own in all but addresses and values; None for others. There
+        # is no such function if a tensor may have been refused for something that a locator does not compare.
         self.locate: Callable[[Lists], array | None] | None = None
         if not self.refused or all(map(_is_described, itertools.chain(*lists))):
             self.locate = _locator(op, lists)
@@ -88,8 +88,8 @@ class Plans:
 
 
 def _locator(op: str, lists: Lists) -> Callable[[Lists], array | None]:
-    # A negated view is an imaginary part, of every second element, so it lies densely where there is only one. What makes
-    # others of it, as_strided and torch's private _neg_view, is noticed when a plan is made, not by every call.
+    # A negated view is the imaginary part of a conjugate: every second element, so it is dense only if it has one. Other
+    # negated views, made by as_strided or torch's private _neg_view, are noticed when a plan is made, but not in every call.
     may_be_negated = [(k, i) for k, tensors in enumerate(lists) if LISTS[op][k] != "state_steps"
                       for i, tensor in enumerate(tensors) if tensor.numel() == 1]
     locate = locator(lists)
