@@ -1,14 +1,11 @@
 """SPG in plain PyTorch: the specification of every kernel here, and the fallback, in the order of T. Konishi et al., ICML 2023
-(PMLR 202:17492-17505). Statistics are float64, the rest is `opmath`: float32 or wider."""
+(PMLR 202:17492-17505). Statistics are float64, the rest is `opmath`: float32 or wider. The 8-bit code, which is not the
+paper's, comes last."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-# An 8-bit importance code stores |z|, not gamma: code = ceil(28 |z|), saturating at 255. The maximum of codes is the code of
-# the maximum, rounding up never under-protects, and 1 - gamma keeps its relative precision where gamma is close to 1.
-CODE_SCALE = 28.0
 
 
 def standardize(grad: Tensor) -> Tensor:
@@ -40,23 +37,6 @@ def _standing_out(grad: Tensor) -> Tensor:
     if grad.is_complex():  # standardized over both parts; an element stands out as the larger one does
         return standardize(torch.view_as_real(grad.resolve_conj())).abs().amax(-1)
     return standardize(grad).abs()
-
-
-def code_table() -> tuple[Tensor, Tensor]:
-    """(gamma, 1 - gamma) of the 256 codes, float32: tanh(z) and 2 / (1 + exp(2z)) at z = code / 28; 0 where gamma rounds to 1."""
-    z = torch.arange(256, dtype=torch.float64, device="cpu") / CODE_SCALE
-    gamma = z.tanh().float()
-    return gamma, (2 / (1 + (2 * z).exp())).float().where(gamma < 1, 0.0)
-
-
-def encode_gamma(gamma: Tensor) -> Tensor:
-    """The smallest 8-bit code that protects at least as much as `gamma`, of values in [0, 1]."""
-    return torch.searchsorted(code_table()[0].to(gamma.device), gamma.float().contiguous()).to(torch.uint8)
-
-
-def decode(code: Tensor) -> Tensor:
-    """gamma, float32, of 8-bit codes."""
-    return code_table()[0].to(code.device)[code.int()]
 
 
 def accumulate_importance_(gammas: list[Tensor], grads: list[Tensor]) -> Tensor:
@@ -161,3 +141,25 @@ def masked_adamw_(params, grads, gammas, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
             max_exp_avg_sqs[i].copy_(exp_avg_sq)
         new = new - lr / (1 - beta1**step) * exp_avg / (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5 + eps)
         params[i].copy_(blend(new, old, gammas[i]) if mask == "update" else new)
+
+
+# An 8-bit importance code stores |z|, not gamma: code = ceil(28 |z|), saturating at 255. The maximum of codes is the code of
+# the maximum, rounding up never under-protects, and 1 - gamma keeps its relative precision where gamma is close to 1.
+CODE_SCALE = 28.0
+
+
+def code_table() -> tuple[Tensor, Tensor]:
+    """(gamma, 1 - gamma) of the 256 codes, float32: tanh(z) and 2 / (1 + exp(2z)) at z = code / 28; 0 where gamma rounds to 1."""
+    z = torch.arange(256, dtype=torch.float64, device="cpu") / CODE_SCALE
+    gamma = z.tanh().float()
+    return gamma, (2 / (1 + (2 * z).exp())).float().where(gamma < 1, 0.0)
+
+
+def encode_gamma(gamma: Tensor) -> Tensor:
+    """The smallest 8-bit code that protects at least as much as `gamma`, of values in [0, 1]."""
+    return torch.searchsorted(code_table()[0].to(gamma.device), gamma.float().contiguous()).to(torch.uint8)
+
+
+def decode(code: Tensor) -> Tensor:
+    """gamma, float32, of 8-bit codes."""
+    return code_table()[0].to(code.device)[code.int()]
