@@ -193,9 +193,19 @@ def _fold(sweep: range, sums: list[list], parameters: Sequence[Tensor], fold: Fo
 
 
 def _plain_sums(batches: Iterable, losses: Sequence[Callable], sweep: range, parameters: Sequence[Tensor]) -> list[list]:
+    # In half precision, as its parameter has it, `.grad` would stop growing: what a batch adds is rounded off.
+    half = [i for i, p in enumerate(parameters) if _sum_dtype(p) != p.dtype]
+    rounding = [parameters[i] for i in half]
+    wide: list[Tensor | None] = [None] * len(half)
     for batch in batches:
         _scalar(losses[sweep[0]](batch), sweep[0]).backward()
-    return [[p.grad for p in parameters]]
+        _add(wide, [p.grad for p in rounding], rounding)
+        for parameter in rounding:
+            parameter.grad = None
+    sums = [p.grad for p in parameters]
+    for i, total in zip(half, wide):
+        sums[i] = total
+    return [sums]
 
 
 def _scalar(loss: object, index: int) -> Tensor:
@@ -246,8 +256,9 @@ def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None], paramete
     for i in reached:
         if sums[i] is None:  # as .backward() does: the parameter's memory layout, which kernels walk through
             sums[i] = torch.zeros_like(parameters[i], dtype=_sum_dtype(parameters[i]), requires_grad=False)
-    if reached:  # torch refuses empty lists
-        torch._foreach_add_([sums[i] for i in reached], [gradients[i] for i in reached])
+    if reached:  # torch refuses empty lists, and DTensors beside others
+        torch._foreach_add_([distributed.local(sums[i]) for i in reached],
+                            [distributed.local(distributed.placed(gradients[i], parameters[i])) for i in reached])
 
 
 def _sum_dtype(parameter: Tensor) -> torch.dtype:

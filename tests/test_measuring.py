@@ -196,18 +196,23 @@ def test_activations_of_one_batch_at_a_time(net):
     assert len(net.trunk.held) == len(tasks()[1])
 
 
-def test_bfloat16_gradients_are_summed_in_float32():
-    net = Net(tasks=2).bfloat16()
-    batches = [(x.bfloat16(), y) for task in tasks(40, 8) for x, y in task]
+@pytest.mark.parametrize("form", [shared, lambda net, task: cross_head_losses(net, task, F.cross_entropy)],
+                         ids=["shared", "a pass a head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_gradients_are_summed_in_float32(dtype, form):
+    """In its own dtype a sum over many batches stops growing: a pass a head was 0.07 off here, over 2,000 batches 0.3."""
+    net = Net(tasks=2).to(dtype)
+    nn.init.zeros_(net.heads[1].weight)  # leaves the importance to head 0
+    batches = [(x.to(dtype), y) for task in tasks(40, 8) for x, y in task]
     exact = [torch.zeros_like(p, dtype=torch.float64) for p in net.trunk.parameters()]
     for batch in batches:
         for total, gradient in zip(exact, torch.autograd.grad(shared(net, 1)[0](batch), list(net.trunk.parameters()))):
             total += gradient
-    optimizer, losses = wrapped(net), shared(net, 1)
-    losses.loss = lambda outputs, y: outputs.float().sum() * 0  # leaves the importance to head 0
-    optimizer.measure_importance(batches, losses, progress=False)
-    for actual, total in zip(gammas(optimizer), exact):
-        assert (actual - oracle.importance(total)).abs().max() < 1e-4
+    optimizer = wrapped(net)
+    optimizer.measure_importance(batches, form(net, 1), progress=False)
+    worst = max(float((actual - oracle.importance(total)).abs().max()) for actual, total in zip(gammas(optimizer), exact))
+    assert worst < 1e-4
+    assert all(p.grad is None for p in net.parameters())
 
 
 def test_sparse_gradients(net):
