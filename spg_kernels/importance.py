@@ -105,7 +105,7 @@ class Importance(Mapping):
 
         Args:
             all_are_named: these are a whole model's, named by the user, so that a name known here of which there is none was
-                renamed or removed. Else another optimizer may hold it.
+                renamed or removed. Else another optimizer may hold it, unless this model was built anew and has other names.
 
         Raises:
             ValueError: a name known here has no parameter, no parameter's name is known here although there is importance,
@@ -113,12 +113,17 @@ class Importance(Mapping):
         """
         parameters = by_name(named_parameters)
         missing = self._gammas.keys() - parameters.keys()
-        if not all_are_named and not (self.active and parameters and missing == self._gammas.keys()):
+        if not all_are_named and not (self.active and self._are_built_anew(parameters)):
             missing -= self._parameters.keys()
         if missing:
             raise ValueError(f"importance: no parameter is called {', '.join(sorted(missing))}: it is of another model, or its "
                              "names were others; named_parameters=model.named_parameters() names them all")
         self._add_all(named_parameters)
+
+    def _are_built_anew(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether none of `parameters` is one known here, and some name is not."""
+        known = [name for name in parameters if name in self._gammas]
+        return len(known) < len(parameters) and all(self.parameter(name) is not parameters[name] for name in known)
 
     def _add_all(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
         names = {id(parameter): name for name, parameter in by_name(named_parameters).items()}

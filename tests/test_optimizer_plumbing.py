@@ -164,6 +164,9 @@ def test_an_importance_from_before_a_layer_was_renamed_or_removed_is_refused(net
     for model in (renamed, removed):
         with pytest.raises(ValueError, match="no parameter is called trunk.2.bias, trunk.2.weight:.*names were others"):
             wrap(model, "SGD", importance=first.importance)
+        if model is renamed:  # of a part of the model, the inner optimizer's names do not tell that anything was removed
+            with pytest.raises(ValueError, match="no parameter is called trunk.2.bias, trunk.2.weight:.*names were others"):
+                SPGOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), heads=model.heads, importance=first.importance)
         assert len(first.importance) == 4 and first.importance.parameter("trunk.0.bias") is net.trunk[0].bias
 
 
