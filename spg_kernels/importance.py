@@ -136,7 +136,8 @@ class Importance(Mapping):
 
     def _check_parameter(self, name: str, parameter: Tensor) -> None:
         if not (parameter.is_floating_point() or parameter.is_complex()):
-            raise TypeError(f"{name}: expected a floating point parameter, got {parameter.dtype}")
+            raise TypeError(f"{name}: expected a floating point parameter, got {parameter.dtype}; leave out what is never "
+                            "trained")
         distributed.refuse_flattened(name, parameter)
         known_as = self.name_of(parameter)
         if known_as not in (None, name):
