@@ -50,9 +50,9 @@ class SharedTrunkLosses(Sequence):
     batch for many heads and computes gradients of the trunk alone: the same importance as by one pass a head. For ten heads
     that is about half the time with the network and dropout of `examples/`, 0.7 of it without dropout, and saves less where
     weights are large beside a batch. In train mode dropout draws one mask a batch for all heads, and running statistics (batch
-    normalization) are updated once a batch. Where gradients are reduced by hooks of `.backward()`, which is wherever
-    torch.distributed is initialized, it takes one pass a head. DistributedDataParallel reduces what went through it alone:
-    around trunk and heads together it needs `cross_head_losses`.
+    normalization) are updated once a batch. Where hooks of `.backward()` may make gradients what they are, as wherever
+    torch.distributed is initialized or a parameter has a post-accumulate-grad hook, it takes one pass a head.
+    DistributedDataParallel reduces what went through it alone: around trunk and heads together it needs `cross_head_losses`.
 
     Args:
         trunk: called as `trunk(x)`, giving the features, one tensor; a module or any function of one. It must allow
@@ -164,6 +164,8 @@ def _losses_together(losses: Sequence[Callable], parameters: Sequence[Tensor]) -
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _refuse_past_reducer(losses.trunk, parameters)
         return 1  # DDP and FSDP reduce gradients in hooks of .backward(), which torch.autograd.grad does not call
+    if any(p._post_accumulate_grad_hooks for p in parameters):
+        return 1  # nor these, which may mask or clip
     sums_that_fit = losses.memory // max(1, sum(p.numel() * _sum_dtype(p).itemsize for p in parameters))
     return max(1, min(sums_that_fit - 1, len(losses)))
 

@@ -215,6 +215,21 @@ def test_half_precision_gradients_are_summed_in_float32(dtype, form):
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_hooks_that_change_a_gradient_do_so_for_every_head(net):
+    weight = net.trunk[0].weight
+
+    def masks(parameter):
+        parameter.grad[:5] = 0
+
+    weight.register_post_accumulate_grad_hook(masks)  # which torch.autograd.grad does not call
+    net.trunk[2].weight.register_hook(lambda grad: grad * (torch.arange(16) < 5))
+    optimizer = wrapped(net)
+    optimizer.measure_importance(tasks()[2], shared(net), progress=False)
+    for actual, plain in zip(gammas(optimizer), measured_plainly(net, tasks()[2])):
+        assert (actual - plain).abs().max() < 2e-6
+    assert optimizer.importance[weight][:5].unique().numel() == 1, "what is masked stands out alike"
+
+
 def test_sparse_gradients(net):
     words = [(torch.randint(0, 20, (8, 4)), y) for _, y in tasks()[0]]
     net.trunk = nn.Sequential(nn.Embedding(20, 4, sparse=True), nn.Flatten(), nn.Tanh())
