@@ -116,6 +116,15 @@ def test_names_with_slashes_and_the_like_are_names(tmp_path):
     assert list(Importance.load(tmp_path / "a")) == names
 
 
+def test_gammas_in_another_memory_layout_are_saved_by_their_indices(tmp_path):
+    layouts = {"last": torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), "turned": torch.zeros(4, 3).t()}
+    importance = Importance((name, nn.Parameter(zeros)) for name, zeros in layouts.items())
+    for name, gamma in importance.items():
+        importance[name] = torch.rand(gamma.shape)
+    importance.save(tmp_path / "a")
+    assert same(Importance.load(tmp_path / "a"), importance)
+
+
 def test_a_dtype_that_this_torch_has_not_is_refused(tmp_path, monkeypatch):
     metadata = {**METADATA, "names": '["weight"]', "checksum": ""}
     tensor = {"dtype": "F8_E8M0", "shape": [8], "data_offsets": [0, 8]}
@@ -209,10 +218,15 @@ def test_whatever_stops_a_save_leaves_the_file_that_was_there(tmp_path, monkeypa
 
 def test_the_file_and_then_its_directory_reach_the_disk(tmp_path, monkeypatch):
     synced, replace = [], os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append("directory" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file"))
+
+    def fsync(handle):
+        status = os.fstat(handle)
+        synced.append("directory" if stat.S_ISDIR(status.st_mode) else status.st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", lambda *paths: (synced.append("replace"), replace(*paths)))
     importance_of(1).save(tmp_path / "a")
-    assert synced == ["file", "replace", "directory"]
+    assert synced == [(tmp_path / "a").stat().st_size, "replace", "directory"], "all of the file, not what is buffered of it"
 
 
 def test_the_mode_is_that_of_any_new_file(tmp_path):
