@@ -348,6 +348,8 @@ def test_progress_says_heads_and_batches(net, capsys):
     wrapped(net).measure_importance(tasks()[1], shared(net, memory=memory))
     shown = capsys.readouterr().err
     assert "losses 2 to 3 of 3" in shown and "/8 " in shown
+    wrapped(net).measure_importance(tasks()[1], shared(net), progress=False)
+    assert not capsys.readouterr().err
 
 
 def test_a_gradient_that_is_not_finite_is_named_and_what_was_folded_before_it_counts(net):

@@ -53,6 +53,9 @@ def test_a_frozen_parameter_that_still_has_a_gradient_is_masked(net, inner, on):
     if inner != "LBFGS":  # takes no step without a closure
         optimizer.step()
     optimizer.step(thaw)
+    net.requires_grad_(False)
+    net.zero_grad()  # and has none any more, until the closure
+    optimizer.step(thaw)
     assert equal(values(net), before)
 
 
