@@ -146,12 +146,23 @@ def test_the_migration_of_the_readme_both_ways(net, inner, tmp_path):
     torch.save(plain.state_dict(), tmp_path / "plain.pt")
     model = copy.deepcopy(net)
     wrapped = SPGOptimizer(INNER[inner](model.parameters()), heads=model.heads, backend="reference")
-    wrapped.load_state_dict(torch.load(tmp_path / "plain.pt", weights_only=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped.load_state_dict(torch.load(tmp_path / "plain.pt", weights_only=True))
     assert train(model, wrapped) == train(net, plain) and equal(values(model), values(net))
     torch.save(wrapped.state_dict(), tmp_path / "wrapped.pt")
     back = INNER[inner](model.parameters())
     back.load_state_dict(torch.load(tmp_path / "wrapped.pt", weights_only=True))
     assert train(model, back) == train(net, plain) and equal(values(model), values(net))
+
+
+@pytest.mark.dropin(line=11)
+def test_the_inner_optimizer_loads_what_it_has_saved_and_no_more(net):
+    """No importance and no tasks, nor the empty state that is left of SGD's: others may ask whether a parameter has one."""
+    optimizer, loaded = wrap(net, "SGD", 0.5), []
+    optimizer.inner.register_load_state_dict_pre_hook(lambda _, state: loaded.append(dict(state)))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert loaded == [optimizer.inner.state_dict()] and not loaded[0]["state"] and not optimizer.inner.state
 
 
 @pytest.mark.dropin(line=12)
@@ -293,3 +304,21 @@ def test_a_checkpoint_keeps_no_learning_rate_for_a_parameter_that_was_not_steppe
                 optimizer.load_state_dict(state)
         trained.append(values(twin))
     assert equal(*trained)
+
+
+@pytest.mark.parametrize("inner", [torch.optim.Rprop, torch.optim.ASGD])
+def test_a_checkpoint_loaded_between_steps_keeps_no_learning_rate_either(net, inner):
+    optimizer = SPGOptimizer(inner(net.parameters(), lr=0.1), heads=net.heads)
+    state = copy.deepcopy(optimizer.state_dict())
+    set_gradients(net.heads.parameters())
+    optimizer.step()
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[0]["lr"] = 0.001
+    before = values(net.trunk)
+    set_gradients(net.parameters())
+    optimizer.step()
+    twin = [torch.nn.Parameter(value) for value in before]
+    for parameter, stepped in zip(twin, net.trunk.parameters()):
+        parameter.grad = stepped.grad.clone()
+    inner(twin, lr=0.001).step()
+    assert equal(values(net.trunk), twin)
