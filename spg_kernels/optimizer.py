@@ -309,8 +309,7 @@ class SPGOptimizer(Optimizer):
         return [*parameters_of(self._heads), *self._named.values()]
 
     def _clear_gradients(self) -> None:
-        self.zero_grad()
-        for parameter in (*self._parameters(), *self._others()):  # an older optimizer's zero_grad may leave zeros
+        for parameter in (*self._parameters(), *self._others()):  # not by zero_grad: an older optimizer's may leave zeros
             parameter.grad = None
 
     # Checkpoints

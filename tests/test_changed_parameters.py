@@ -16,9 +16,12 @@ def test_replaced_parameters_are_an_error_until_bound(net, inner):
         layer.weight = nn.Parameter(layer.weight.detach().clone())
     optimizer.param_groups[0]["params"] = list(net.parameters())
     set_gradients(net.parameters())
-    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[0\] of shape \(16, 10\).*bind"):
+    unknown = r"param_groups\[0\]\['params'\]\[0\] of shape \(16, 10\).*bind"
+    with pytest.raises(ValueError, match=unknown):
         optimizer.step()
     assert not optimizer.inner.state
+    with pytest.raises(ValueError, match=unknown):
+        optimizer.state_dict()  # which would save it as a head
     optimizer.importance.bind(net.named_parameters())
     before = values(net)
     optimizer.step()

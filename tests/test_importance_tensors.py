@@ -96,6 +96,13 @@ def test_a_copy_is_one_of_its_own(net, copied):
     assert not twin.mean() and optimizer.importance.mean()
 
 
+def test_what_was_written_in_place_counts_after_the_parameter_was_replaced(net):
+    importance = Importance(net.trunk.named_parameters())
+    importance.state_dict()["gammas"]["0.bias"].fill_(0.5)
+    importance.bind([("0.bias", torch.nn.Parameter(torch.zeros(16, dtype=torch.float64)))])
+    assert importance.active and (importance["0.bias"] == 0.5).all()
+
+
 def test_nothing_is_unprotected_by_being_copied(net):
     optimizer = wrap(net, "SGD", gamma=1.0)
     again = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads, importance=copy.copy(optimizer.importance))

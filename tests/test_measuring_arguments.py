@@ -94,10 +94,10 @@ def test_an_old_head_is_probed_by_one_tensor(net, form):
 
 @FORMS
 def test_a_pass_that_gives_no_gradient_at_all_is_none(net, form):
-    optimizer, losses = wrap(net), form(Net(), 1, F.cross_entropy)
-    for _ in range(2):  # nor is it one that was interrupted at its end
+    optimizer, losses, batches = wrap(net), form(Net(), 1, F.cross_entropy), tasks()[0]
+    for _ in range(2):  # nor is it one that was interrupted at its end, which the same loader and losses would go on with
         with pytest.raises(ValueError, match="losses: expected a gradient for some trunk parameter, got none"):
-            optimizer.measure_importance(tasks()[0], losses, progress=False)
+            optimizer.measure_importance(batches, losses, progress=False)
     assert optimizer.importance.tasks == 0 and not optimizer.importance.active
 
 

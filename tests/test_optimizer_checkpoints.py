@@ -306,13 +306,17 @@ def test_a_checkpoint_keeps_no_learning_rate_for_a_parameter_that_was_not_steppe
     assert equal(*trained)
 
 
+@pytest.mark.parametrize("through", ["loaded", "wrapped anew"])
 @pytest.mark.parametrize("inner", [torch.optim.Rprop, torch.optim.ASGD])
-def test_a_checkpoint_loaded_between_steps_keeps_no_learning_rate_either(net, inner):
+def test_nor_does_a_checkpoint_loaded_between_steps_or_a_wrapper_taken_off(net, inner, through):
     optimizer = SPGOptimizer(inner(net.parameters(), lr=0.1), heads=net.heads)
     state = copy.deepcopy(optimizer.state_dict())
-    set_gradients(net.heads.parameters())
-    optimizer.step()
-    optimizer.load_state_dict(state)
+    if through == "loaded":
+        set_gradients(net.heads.parameters())
+        optimizer.step()
+        optimizer.load_state_dict(state)
+    else:
+        optimizer = SPGOptimizer(optimizer.inner, heads=net.heads)
     optimizer.param_groups[0]["lr"] = 0.001
     before = values(net.trunk)
     set_gradients(net.parameters())

@@ -209,6 +209,19 @@ def test_sparse_gradients_stay_masked(mask):
 
 
 @pytest.mark.dropin(line=16)
+@pytest.mark.parametrize("mask", ["update", "gradient"])
+def test_the_sparse_gradient_of_a_head_is_scaled_by_the_mean(mask):
+    trunk, head = nn.Parameter(torch.zeros(4)), nn.Embedding(6, 4, sparse=True)
+    optimizer = SPGOptimizer(torch.optim.SGD([trunk, head.weight], lr=0.1), heads=head, mask=mask)
+    optimizer.importance[trunk] = torch.tensor([0.0, 0.5, 1.0, 1.0])
+    before = head.weight.detach().clone()
+    head(torch.tensor([1, 3, 3])).sum().backward()
+    optimizer.step()
+    expected = before - 0.1 * (1 - 0.625) * head.weight.grad.to_dense()
+    assert torch.allclose(head.weight, expected, atol=1e-7)
+
+
+@pytest.mark.dropin(line=16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64], ids=str)
 @pytest.mark.parametrize("inner", ["SGD momentum", "AdamW", "RMSprop"])
 def test_parameters_of_any_dtype(dtype, inner):
