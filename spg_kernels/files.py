@@ -58,7 +58,7 @@ def write(path: str | os.PathLike, gammas: Mapping[str, Tensor], tasks: int, dty
     header, end = {"__metadata__": {**metadata, "checksum": _checksum(metadata, gammas)}}, 0
     for name, gamma in gammas.items():
         start, end = end, end + gamma.nbytes
-        header[name] = {"dtype": _CODES[gamma.dtype], "shape": list(gamma.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _CODES[gamma.dtype], "shape": gamma.shape, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data are aligned
     # Not by safetensors' save_file: its file is its owner's alone to read, and its errors have no errno.

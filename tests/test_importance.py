@@ -26,8 +26,8 @@ def test_a_mapping_by_name_and_by_parameter(net):
     assert torch.equal(importance[weight], importance["0.weight"]) and importance[weight].dtype == torch.float32
     importance[weight].fill_(0.5)
     assert not (importance[weight] == 0.5).all(), "what is read is a copy"
-    importance["0.bias"] = torch.full((16,), 0.25)
-    assert (importance[net.trunk[0].bias] == 0.25).all()
+    importance["0.bias"] = torch.full((16,), 0.25, requires_grad=True)
+    assert (importance[net.trunk[0].bias] == 0.25).all() and not importance[net.trunk[0].bias].requires_grad
     with pytest.raises(KeyError):
         importance[net.heads[0].weight]
     assert importance == importance and importance != measured(net)

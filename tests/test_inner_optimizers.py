@@ -58,6 +58,13 @@ def test_it_is_masked_measured_and_heard_as_any_other(net, build):
     assert equal(values(net), before) and len(heard) == 2
 
 
+def test_gradients_are_set_to_zero_where_that_is_asked_for(net):
+    optimizer = wrap(net, "SGD", gamma=0.5)
+    train(net, optimizer, steps=1)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
+
+
 def test_a_group_whose_warning_is_an_error_is_not_added(net):
     optimizer = wrap(net, "SGD", mask="gradient")
     with warnings.catch_warnings():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from spg_kernels import NonFiniteGradientError, SharedTrunkLosses, SPGOptimizer, cross_head_losses
+from spg_kernels import NonFiniteGradientError, SharedTrunkLosses, SPGOptimizer, cross_head_losses, reference
 
 from .models import Net, tasks
 from .wrapping import equal, wrap
@@ -101,9 +101,16 @@ def test_a_pass_that_gives_no_gradient_at_all_is_none(net, form):
     assert optimizer.importance.tasks == 0 and not optimizer.importance.active
 
 
+def test_the_backend_that_was_asked_for_measures(net, monkeypatch):
+    calls, accumulate = [], reference.accumulate_importance_
+    monkeypatch.setattr(reference, "accumulate_importance_", lambda *lists: (calls.append(lists), accumulate(*lists))[1])
+    wrap(net, backend="reference").measure_importance(tasks()[0], cross_head_losses(net, 1, F.cross_entropy), progress=False)
+    assert len(calls) == 2
+
+
 def test_one_loss_that_gives_a_gradient_is_enough(net):
     other, own = (cross_head_losses(model, 0, F.cross_entropy)[0] for model in (Net(), net))
-    for losses in ([other, own], [own, other]):
+    for losses in ([other, own], [own, other], (loss for loss in (other, own))):
         optimizer = wrap(net)
         optimizer.measure_importance(tasks()[0], losses, progress=False)
         assert optimizer.importance.tasks == 1 and optimizer.importance.active

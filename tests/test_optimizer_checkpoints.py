@@ -104,6 +104,7 @@ def test_the_importance_survives_a_plain_optimizer_in_between(net, dtype, import
     net.to(dtype)
     optimizer = wrap(net, "AdamW", importance_dtype=importance_dtype)
     set_gradients(net.parameters())
+    net.trunk[0].bias.grad = None  # a code of 0 is one as well
     optimizer.accumulate_importance()
     plain = INNER["AdamW"](net.parameters())
     plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -203,8 +204,9 @@ def test_an_importance_for_only_some_parameters_is_loaded_with_a_warning(net):
     optimizer, fresh = wrap(net, "SGD", 0.25), wrap(net, "SGD")
     state = optimizer.state_dict()
     del state["state"][1]
-    with pytest.warns(UserWarning, match="none for trunk.0.bias; theirs stays"):
+    with pytest.warns(UserWarning, match="none for trunk.0.bias; theirs stays") as warned:
         fresh.load_state_dict(state)
+    assert warned[0].filename == __file__
     assert (fresh.importance["trunk.0.weight"] == 0.25).all() and not fresh.importance["trunk.0.bias"].any()
     with warnings.catch_warnings(), pytest.raises(UserWarning):
         warnings.simplefilter("error")

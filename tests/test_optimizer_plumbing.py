@@ -259,12 +259,13 @@ def test_a_group_added_to_a_fresh_optimizer_takes_nobody_elses_name():
 
 
 def test_a_new_parameter_in_the_slot_of_a_known_one_takes_another_name():
-    new, known = (torch.nn.Parameter(torch.randn(3)) for _ in range(2))
+    new, known, last = (torch.nn.Parameter(torch.randn(3)) for _ in range(3))
     importance = SPGOptimizer(torch.optim.SGD([known], lr=0.1)).importance
     importance[known] = torch.full((3,), 0.5)
-    fresh = SPGOptimizer(torch.optim.SGD([new, known], lr=0.1), importance=importance)
-    assert torch.equal(fresh.importance[known], torch.full((3,), 0.5)) and not fresh.importance[new].any()
-    assert list(fresh.importance) == ["0.0", "1.0"]
+    fresh = SPGOptimizer(torch.optim.SGD([{"params": [new, known]}, {"params": [last]}], lr=0.1), importance=importance)
+    assert torch.equal(fresh.importance[known], torch.full((3,), 0.5))
+    assert not fresh.importance[new].any() and not fresh.importance[last].any()
+    assert list(fresh.importance) == ["0.0", "1.0", "2.0"]
 
 
 @pytest.mark.dropin(line=19)
