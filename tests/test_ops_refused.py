@@ -34,6 +34,22 @@ def _numbers(lists):
 
 
 @BACKENDS
+@pytest.mark.parametrize("columns", [slice(None, None, 2), slice(1, 3)], ids=str)
+def test_no_kernel_runs_over_what_lies_between_the_elements(backend, columns):
+    """Where all tensors have the same gaps, too: a kernel would take as many elements as there are, one after another."""
+    whole, gammas = torch.randn(4, 6), torch.rand(4, 6)
+    expected = whole.clone()
+    expected[:, columns] *= 1 - gammas[:, columns]
+    lists = [whole[:, columns]], [gammas[:, columns]]
+    if backend == "native":
+        with pytest.raises(spg_kernels.BackendError, match="another memory layout"):
+            spg_kernels.soft_mask_(*lists, backend=backend)
+    else:
+        spg_kernels.soft_mask_(*lists, backend=backend)
+        assert torch.equal(whole, expected)
+
+
+@BACKENDS
 @pytest.mark.parametrize("kind", ["sparse", "csr", "float8", "nested"])
 @pytest.mark.parametrize("op, name", [(op, name) for op, names in LISTS.items() for name in names])
 def test_a_tensor_of_another_kind_is_named_before_anything_changes(op, name, kind, backend):
