@@ -74,6 +74,14 @@ def test_a_group_whose_warning_is_an_error_is_not_added(net):
     assert len(optimizer.param_groups) == 1 and len(optimizer.importance) == 4
 
 
+def test_heads_may_be_a_generator_which_gives_its_parameters_once(net):
+    optimizer = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads.parameters())
+    assert list(optimizer.importance) == ["0.0", "0.1", "0.2", "0.3"]
+    train(net, optimizer, steps=1)
+    optimizer.accumulate_importance()
+    assert len(optimizer.importance) == 4 and optimizer.importance.mean() > 0
+
+
 def test_a_head_that_holds_its_optimizer_is_saved_and_loaded(net):
     net.heads[0].optimizer = wrap(net, "AdamW", gamma=0.5)
     train(net, net.heads[0].optimizer, steps=1)

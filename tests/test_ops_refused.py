@@ -189,3 +189,25 @@ def test_a_tensor_that_lost_its_memory_is_no_kernels(asked, monkeypatch):
     nested = torch.nested.nested_tensor([torch.ones(200), torch.ones(303)])
     with pytest.raises(TypeError, match=r"grads\[0\]: expected a strided tensor, got nested"):
         spg_kernels.soft_mask_(form([nested]), form([torch.ones(503)]), backend="native")
+
+
+@BACKENDS
+def test_a_gamma_of_one_value_is_nothing_to_fold_into(backend):
+    gamma = torch.tensor(0.0)
+    with pytest.raises(ValueError, match=r"gammas\[0\]: expected shape \(3,\) of grads\[0\], got \(\)"):
+        spg_kernels.accumulate_importance_([gamma], [torch.tensor([0.0, 1.0, 2.0])], backend=backend)
+    assert gamma == 0
+
+
+@BACKENDS
+def test_whole_numbers_are_no_parameters(backend):
+    lists = [[torch.tensor([1, 2])], [torch.tensor([3, 4])], [torch.full((2,), 0.5)]]
+    with pytest.raises(TypeError, match=r"params\[0\]: expected a floating point tensor, got torch.int64"):
+        spg_kernels.update_mask_(*lists, backend=backend)
+    assert lists[0][0].tolist() == [1, 2]
+
+
+def test_a_complex_gradient_has_the_importance_of_its_larger_part():
+    parts = torch.randn(7, 2, dtype=torch.float64)
+    expected = ((parts - parts.mean()) / parts.std()).tanh().abs().amax(-1)
+    assert (spg_kernels.importance(torch.view_as_complex(parts)) - expected).abs().max() < 1e-6
