@@ -210,7 +210,7 @@ def _merge(rows: Tensor) -> Tensor:
     n, origins, means, roots = rows.unbind(-1)
     total = n.sum(0)
     origin = origins.gather(0, (n > 0).int().argmax(0, keepdim=True)).squeeze(0)  # an empty part has none
-    means = torch.where(n > 0, origins - origin + means, 0)
+    means = origins - origin + means
     mean = (n / total.clamp(min=1) * means).sum(0)
     apart = torch.where(n > 0, means - mean, 0)
     largest = torch.maximum(roots, apart.abs()).amax(0).clamp(min=_TINY)
