@@ -183,11 +183,13 @@ def scaled_steps_on_shards_skip_together(directory):
                 p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
             scalers[1].scale(torch.ones(()))
             assert optimizer._step_supports_amp_scaling
+            versions = [p._version for p in net.parameters()]
             for opt, scaler in zip((expected, optimizer), scalers):
                 scaler.step(opt)
                 scaler.update()
             assert scalers[0].get_scale() == scalers[1].get_scale()
             assert difference(net.parameters(), alone.parameters()) == 0
+            assert seed in (0, 2) or all(p._version > version for p, version in zip(net.parameters(), versions)), "autograd knows"
 
 
 def tensor_parallel_training_equals_one_process(directory):
