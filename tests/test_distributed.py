@@ -189,7 +189,7 @@ def scaled_steps_on_shards_skip_together(directory):
                 scaler.update()
             assert scalers[0].get_scale() == scalers[1].get_scale()
             assert difference(net.parameters(), alone.parameters()) == 0
-            assert seed in (0, 2) or all(p._version > version for p, version in zip(net.parameters(), versions)), "autograd knows"
+            assert seed in (0, 2) or all(p._version > v for p, v in zip(net.parameters(), versions)), "autograd is told"
 
 
 def tensor_parallel_training_equals_one_process(directory):

@@ -375,7 +375,8 @@ def test_arguments_are_checked(net):
     other = Importance([("trunk.0.weight", torch.zeros(4))])
     with pytest.raises(ValueError, match=r"trunk.0.weight.*\(4,\)"):
         SPGOptimizer(inner, heads=net.heads, named_parameters=net.named_parameters(), importance=other)
-    hidden = type("ScheduleFree", (torch.optim.SGD,), {mode: lambda self, mode=mode: mode for mode in ("train", "eval", "test")})
+    modes = {mode: lambda self, mode=mode: mode for mode in ("train", "eval", "test")}
+    hidden = type("ScheduleFree", (torch.optim.SGD,), modes)
     with pytest.raises(ValueError, match="ScheduleFree.*mask='gradient'"):
         SPGOptimizer(hidden(net.parameters(), lr=0.1))
     hides = SPGOptimizer(hidden(net.parameters(), lr=0.1), mask="gradient")
@@ -384,4 +385,5 @@ def test_arguments_are_checked(net):
     with pytest.raises(ValueError, match="mask.*'both'"):
         hides.mask = "both"
     assert hides.mask == "gradient"
-    assert hides.train() == "train" and hides.eval() == "eval" and not hasattr(hides, "test"), "nothing else goes past the mask"
+    assert hides.train() == "train" and hides.eval() == "eval"
+    assert not hasattr(hides, "test"), "nothing else goes past the mask"
