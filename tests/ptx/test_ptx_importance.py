@@ -185,7 +185,7 @@ def test_every_memory_order_is_needed(driver, use, order, place, instead, float6
 
 def test_a_missing_barrier_is_found(driver, use):
     use(SMALL)
-    driver.edit = lambda ptx: re.sub(r"(st\.shared\.b64 .*\n)(.*\n)*?.*bar\.sync.*", r"\1", ptx, count=1)
+    driver.edit = lambda ptx: re.sub(r"(st\.shared(::cta)?\.b64 .*\n)(.*\n)*?.*bar\.sync.*", r"\1", ptx, count=1)
     with pytest.raises(PTXError, match="shared race.* of two warps"):
         fold(zeros(gradients(), torch.float32), gradients())
     control().zero_()
