@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.optim import Optimizer
 
 import spg_kernels
@@ -372,6 +373,8 @@ def test_arguments_are_checked(net):
         SPGOptimizer(inner, named_parameters=net.parameters())
     with pytest.raises(ValueError, match=r"named_parameters: param_groups\[0\]\['params'\]\[0\]"):
         SPGOptimizer(inner, heads=net.heads, named_parameters=net.heads.named_parameters())
+    with pytest.raises(TypeError, match="PostLocalSGDOptimizer has no `defaults`.*around the optimizer inside it"):
+        SPGOptimizer(PostLocalSGDOptimizer(inner, averager=None))
     other = Importance([("trunk.0.weight", torch.zeros(4))])
     with pytest.raises(ValueError, match=r"trunk.0.weight.*\(4,\)"):
         SPGOptimizer(inner, heads=net.heads, named_parameters=net.named_parameters(), importance=other)
