@@ -27,7 +27,8 @@ class BuildLibrary(build_ext):
                 failure = error
         if not extension.optional:
             raise failure
-        warnings.warn(f"spg_kernels: csrc/ did not compile, plain PyTorch will serve on the CPU instead of its kernels: {failure}")
+        warnings.warn("spg_kernels: csrc/ did not compile, plain PyTorch will serve on the CPU instead of its kernels: "
+                      f"{failure}")
 
 
 class PlatformWheel(bdist_wheel):

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# inductor's cache on disk serves a loop that was generated under another ATEN_CPU_CAPABILITY and compiles it for this one: then
-# it steps 16 elements and writes 8, or the other way round.
+# inductor's cache on disk serves a loop that was generated under another ATEN_CPU_CAPABILITY and compiles it for this one:
+# then it steps 16 elements and writes 8, or the other way round.
 torch.compiler.config.cache_key_tag += f" {torch.backends.cpu.get_cpu_capability()}"
 # The parts of a list longer than `_LARGEST_GRAPH` have up to 14 shapes; past torch's limit of 8 they would run uncompiled.
 torch._dynamo.config.cache_size_limit = 64  # recompile_limit since torch 2.7
@@ -127,7 +127,7 @@ def why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
-# Tensors in a graph. Compile time grows faster than the graph, so a list longer than the first is cut into parts of the second.
+# Tensors in a graph. Compile time grows faster than the graph: a list longer than the first is cut into parts of the second.
 _LARGEST_GRAPH, _PART = 200, 25
 
 

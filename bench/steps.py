@@ -164,8 +164,8 @@ ADAMW_BFLOAT16 = replace(ADAMW, name="adamw bfloat16", dtype=torch.bfloat16)
 
 def _pass(step: Step) -> Pass:
     least = step.dtype.itemsize * (step.fused_accesses - 1 - len(step.states))
-    return Pass(step.name, ("params", "grads", *step.states.values()), least, partial(_contenders, step), partial(_expected, step),
-                step.dtype)
+    return Pass(step.name, ("params", "grads", *step.states.values()), least, partial(_contenders, step),
+                partial(_expected, step), step.dtype)
 
 
 STEPS = tuple(map(_pass, (SGD_PLAIN, SGD_MOMENTUM, ADAMW, ADAMW_BFLOAT16)))

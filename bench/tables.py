@@ -18,10 +18,10 @@ LEGEND = (
     "float32 gamma, within the same round: above 1 it is slower than ours, **below 1 faster**. `of copy` is the share of the "
     "machine's copy bandwidth, measured in the same rounds, at the bytes a pass must move at least; a pass in place can "
     "exceed it, where writing what was just read is faster than copying. `unmasked` is torch's own step, which protects "
-    "nothing. In optimizer steps `eager` and `foreach` mask the gradient before torch's fused step. With parameters, gradients "
-    "and states in bfloat16 only those are left that round once and so equal the reference. Measuring goes once through "
-    "the trunk for all heads (`SharedTrunkLosses`); the others, and ours as `a pass a head`, once a head. Every row was checked "
-    "against the reference, element by element, before it was timed."
+    "nothing. In optimizer steps `eager` and `foreach` mask the gradient before torch's fused step. With parameters, "
+    "gradients and states in bfloat16 only those are left that round once and so equal the reference. Measuring goes once "
+    "through the trunk for all heads (`SharedTrunkLosses`); the others, and ours as `a pass a head`, once a head. Every row "
+    "was checked against the reference, element by element, before it was timed."
 )
 
 

@@ -59,7 +59,8 @@ def _training_contenders(device) -> list[tuple[Contender, torch.dtype | None]]:
         trained = [i for i, (n, _) in enumerate(own.model.named_parameters()) if n.startswith(("trunk.", "heads.0."))]
         params, gammas = list(own.model.parameters()), own.gammas(own.importance(torch.float32))
         params, gammas = [params[i] for i in trained], [gammas[i] for i in trained]
-        masked = peers.eager_mask_step if name == "eager" else partial(peers.copy_step_lerp, [p.detach().clone() for p in params])
+        masked = (peers.eager_mask_step if name == "eager"
+                  else partial(peers.copy_step_lerp, [p.detach().clone() for p in params]))
         around = partial(torch.no_grad()(masked), params, gammas)
         contenders.append((Contender(name, [partial(_step, own, inner, around)], mask=mask), torch.float32))
     for name, how in (("unmasked fused", {"fused": True}), ("unmasked foreach", {"foreach": True})):

@@ -13,13 +13,13 @@ static inline void prefetch(int64_t count, const Data*... data) {
   for (int64_t i = 0; i < count; i += step) (line(i, data), ...);
 }
 
-// From memory, the masks alone take up to a tenth less time as two streams through each tensor: hardware follows a stream to the
-// end of its page, and while one finds its next page the other goes on. Steps take longer that way, up to 29 %.
+// From memory, the masks alone take up to a tenth less time as two streams through each tensor: hardware follows a stream to
+// the end of its page, and while one finds its next page the other goes on. Steps take longer that way, up to 29 %.
 enum Order { kForwards, kBothHalves };
 
-// body(first, input) for each block of kSize elements, of which there are a whole number. input_of(first) comes before it. Both
-// come, and hold what they use, by value: behind a reference lies memory that the body may have written, to be read again for
-// every block.
+// body(first, input) for each block of kSize elements, of which there are a whole number. input_of(first) comes before it.
+// Both come, and hold what they use, by value: behind a reference lies memory that the body may have written, to be read
+// again for every block.
 template <int64_t kSize, Order kOrder = kForwards, class Body, class InputOf>
 static inline void in_blocks(int64_t count, Body body, InputOf input_of) {
   const int64_t blocks = count / kSize;
@@ -83,5 +83,7 @@ static inline void by_blocks(int64_t count, const Body& body, Tensor... tensors)
   const int64_t whole = count / kSize * kSize;
   if (whole) body(whole, tensors...);
   if (whole == count) return;
-  [&](Last<kSize, Tensor>... last) { body(kSize, last.block()...); }(Last<kSize, Tensor>(from(tensors, whole), count - whole)...);
+  [&](Last<kSize, Tensor>... last) {
+    body(kSize, last.block()...);
+  }(Last<kSize, Tensor>(from(tensors, whole), count - whole)...);
 }

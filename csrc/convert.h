@@ -31,7 +31,7 @@ static inline float load(const Bfloat16* at) { return float_of(uint32_t(at->bits
 
 static inline void store(float* at, float value) { *at = value; }
 
-// `value` is what arithmetic gave, or was bfloat16 before. A NaN of those is still one when it is cut; to round it could carry.
+// `value` is what arithmetic gave, or was bfloat16 before. A NaN of those is still one when cut; to round it could carry.
 static inline void store(Bfloat16* at, float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t half = 0x7fff + ((bits >> 16) & 1);
@@ -110,8 +110,8 @@ static inline void through_scratch(int64_t begin, int64_t end, Body body) {
   for (int64_t first = begin; first < end; first += kBlock) body(first, std::min(kBlock, end - first));
 }
 
-// Elements [first, first + count) as float32: in place if that is what they are, else float16 and converted into `scratch`. Null
-// for a tensor that is not there.
+// Elements [first, first + count) as float32: in place if that is what they are, else float16 and converted into `scratch`.
+// Null for a tensor that is not there.
 static inline float* read(int32_t dtype, const void* data, int64_t first, int64_t count, float* scratch) {
   if (!data) return nullptr;
   if (dtype == SPG_FLOAT32) return const_cast<float*>(static_cast<const float*>(data)) + first;

@@ -27,9 +27,9 @@ SPG_API int32_t spg_abi_version(void);  // 3
 SPG_API const char* spg_isa(void);      // "avx512vbmi", "avx512", "avx2", "baseline"; the variable SPG_CPU_CAPABILITY caps it
 SPG_API int32_t spg_has_openmp(void);
 
-// gamma <- max(gamma, |tanh z|), z = (g - mean g) / std g over the whole tensor, whose statistics are float64. gammas: float32 or
-// 8-bit codes. finite[i] = 0, and that gamma untouched, where a gradient has an inf or NaN; else 1. Same bits for any number of
-// threads.
+// gamma <- max(gamma, |tanh z|), z = (g - mean g) / std g over the whole tensor, whose statistics are float64. gammas: float32
+// or 8-bit codes. finite[i] = 0, and that gamma untouched, where a gradient has an inf or NaN; else 1. Same bits for any
+// number of threads.
 SPG_API int32_t spg_accumulate_importance(int64_t n, const int64_t* numel, const int32_t* gamma_dtype, void* const* gammas,
                                           const int32_t* grad_dtype, const void* const* grads, uint8_t* finite,
                                           int32_t threads);

@@ -52,8 +52,8 @@ bool describe_all(const SpgPython& python, void* lists, Word word, Visit visit) 
     for (int64_t i = 0; i < length + AHEAD; ++i) {
       if (i + AHEAD < length) __builtin_prefetch(python.list_item(list, i + AHEAD));
       if (i < length) {
-        // After a pass over a model its tensors' records are in no cache. A record is what a tensor object points to behind its
-        // header; were it elsewhere, no more than the hint would be lost.
+        // After a pass over a model its tensors' records are in no cache. A record is what a tensor object points to behind
+        // its header; were it elsewhere, no more than the hint would be lost.
         void* object = python.list_item(list, i);
         if (!is_plain(python, object)) return false;
         const char* record = static_cast<const char* const*>(object)[2];

@@ -31,7 +31,7 @@ def read_idx(path: str | Path, dimensions: int) -> np.ndarray:
         dimensions: how many dimensions it must have: 3 for images, 1 for labels.
 
     Raises:
-        DataError: wrong magic number, element type or dimensions, over 1 GiB, or more or fewer bytes than the header announces.
+        DataError: wrong magic number, element type or dimensions, over 1 GiB, more or fewer bytes than the header announces.
     """
     path = Path(path)
     try:
@@ -127,7 +127,7 @@ class _Array:
         _, shape, dtype, fortran_order, content = state
         if not isinstance(dtype, _DType) or dtype.name not in ("u1", "uint8"):
             raise DataError("holds an array that is not of unsigned bytes")
-        # Before anything is made of it: the text of a shape of nested lists, or the product of long numbers, can take for ever.
+        # Before anything is made of it: the text of a shape of nested lists or the product of long numbers can take for ever.
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 <= n < 1 << 32 for n in shape)):
             raise DataError("holds an array that is not a matrix")
         if not isinstance(content, bytes) or len(content) != math.prod(shape):

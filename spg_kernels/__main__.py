@@ -14,8 +14,8 @@ def main() -> None:
     for name in ops.BACKENDS[1:]:
         module = ops.backend_module(name)
         missing = ops.why_unavailable(name)
-        table.add_row(name, ", ".join(getattr(module, "DEVICE_TYPES", ("any device with float64",))), "no" if missing else "yes",
-                      missing or getattr(module, "describe", lambda: "plain PyTorch")())
+        table.add_row(name, ", ".join(getattr(module, "DEVICE_TYPES", ("any device with float64",))),
+                      "no" if missing else "yes", missing or getattr(module, "describe", lambda: "plain PyTorch")())
     Console().print(table)
 
 

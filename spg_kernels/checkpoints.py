@@ -64,7 +64,7 @@ def taken_apart(state_dict: dict, parameters: list[Tensor], importance: Importan
 
 
 def _by_name(state_dict: dict, saved: dict[int | str, Tensor], importance: Importance) -> dict[int | str, Tensor]:
-    """The trunk's parameters by key, as the checkpoint names them; none unless it names all, the trunk as `importance` does."""
+    """Trunk parameters by key, as the checkpoint names them; none unless it names all, the trunk as `importance` does."""
     names = [name for group in state_dict["param_groups"] for name in group.get("param_names", ())]
     own = {name: p for p in saved.values() if (name := importance.name_of(p)) is not None}
     is_named = len(names) == len(saved) and own.keys() <= set(names)

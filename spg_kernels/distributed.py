@@ -39,7 +39,7 @@ def version(tensor: Tensor) -> int:
 
 
 def device_of(parameter: Tensor) -> torch.device:
-    """Where `parameter` is computed with: under CPUOffloadPolicy shards lie on the CPU, to be gathered on the mesh's device."""
+    """Where `parameter` is computed with: CPUOffloadPolicy keeps shards on the CPU, to be gathered on the mesh's device."""
     if is_dtensor(parameter) and parameter.device.type != parameter.device_mesh.device_type:
         return torch.device(parameter.device_mesh.device_type)
     return parameter.device

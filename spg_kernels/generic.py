@@ -1,4 +1,4 @@
-"""The mask around the step of any optimizer, whatever it computes: on what it adds to the parameters, or on what it is given."""
+"""The mask around the step of any optimizer, whatever it computes: on what it adds to the parameters, or what it is given."""
 
 from collections.abc import Callable
 from itertools import compress
@@ -24,8 +24,8 @@ def is_differentiable(inner: Optimizer, backend: str) -> bool:
     return differentiable
 
 
-def update_masked_step(step: Callable, closure: Callable | None, parameters: list[Tensor], gamma_of: Callable[[Tensor], Tensor],
-                       backend: str, differentiable: bool):
+def update_masked_step(step: Callable, closure: Callable | None, parameters: list[Tensor],
+                       gamma_of: Callable[[Tensor], Tensor], backend: str, differentiable: bool):
     """p <- p_old + (1 - gamma)(p_new - p_old) around `step(closure)`. If that fails, parameters are as before."""
     # Frozen parameters too, if they have a gradient or a closure may give them one: inner steps ask for nothing else.
     moving = [p for p in parameters if p.requires_grad or p.grad is not None or (closure is not None and _may_train(p))]
@@ -95,8 +95,8 @@ def gradient_masked_step(step: Callable, closure: Callable | None, parameters: l
 
 
 def step_alone(step: Callable, inner: Optimizer, own: list[Tensor]) -> None:
-    """`step(None)` for which only `own` of `inner`'s parameters have a gradient, with what a GradScaler told `inner` done around
-    it: no step, or one on unscaled copies of gradients.
+    """`step(None)` for which only `own` of `inner`'s parameters have a gradient, with what a GradScaler told `inner` done
+    around it: no step, or one on unscaled copies of gradients.
     """
     told = {name: value for name, value in vars(inner).items() if name in SCALER}
     moving = set(map(id, own))

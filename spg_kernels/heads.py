@@ -25,5 +25,5 @@ def parameters_of(heads: list[nn.Module | Tensor]) -> list[Tensor]:
 def refuse_known(known: list[str]) -> None:
     """ValueError if there are heads that the importance knows, by these names."""
     if known:
-        raise ValueError(f"heads: {', '.join(known)} have an importance, as trunk parameters do; leave heads out of it, and append "
-                         "a head to `heads` before its parameters come with add_param_group")
+        raise ValueError(f"heads: {', '.join(known)} have an importance, as trunk parameters do; leave heads out of it, and "
+                         "append a head to `heads` before its parameters come with add_param_group")

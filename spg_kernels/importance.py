@@ -17,8 +17,8 @@ class _OfTheClass(classmethod):
 
     def __get__(self, instance: object, owner: type | None = None):
         if instance is not None:
-            raise AttributeError("load makes a new Importance: give Importance.load(path) to SPGOptimizer(..., importance=...), or "
-                                 "its state_dict() to load_state_dict()")
+            raise AttributeError("load makes a new Importance: give Importance.load(path) to SPGOptimizer(..., "
+                                 "importance=...), or its state_dict() to load_state_dict()")
         return super().__get__(None, owner)
 
 
@@ -56,7 +56,7 @@ class Importance(Mapping):
 
     @property
     def active(self) -> bool:
-        """Whether any gamma may differ from 0: one was measured, or set, or written to where it was handed out as it is stored."""
+        """Whether any gamma may differ from 0: one was measured, or set, or written to where it was handed out as stored."""
         if not self._active and self._was_written():
             self._active = True
         return self._active
@@ -116,8 +116,8 @@ class Importance(Mapping):
         if not all_are_named and not (self.active and self._are_built_anew(parameters)):
             missing -= self._parameters.keys()
         if missing:
-            raise ValueError(f"importance: no parameter is called {', '.join(sorted(missing))}: it is of another model, or its "
-                             "names were others; named_parameters=model.named_parameters() names them all")
+            raise ValueError(f"importance: no parameter is called {', '.join(sorted(missing))}: it is of another model, or "
+                             "its names were others; named_parameters=model.named_parameters() names them all")
         self._add_all(named_parameters)
 
     def _are_built_anew(self, parameters: Mapping[str, Tensor]) -> bool:
@@ -322,7 +322,8 @@ class Importance(Mapping):
             ValueError, TypeError: another version, missing or unexpected names, shapes, values; nothing has changed.
         """
         if not isinstance(state, Mapping) or not isinstance(state.get("gammas"), Mapping):
-            raise TypeError("state: expected what state_dict() gives: a mapping with 'version', 'tasks' and a mapping 'gammas'")
+            raise TypeError("state: expected what state_dict() gives: a mapping with 'version', 'tasks' and "
+                            "a mapping 'gammas'")
         files.check_version(state.get("version"))
         files.check_tasks(state.get("tasks"))
         gammas = state["gammas"]

@@ -6,11 +6,11 @@ from .checks import check_mask
 
 
 def check_maskable(inner: Optimizer, mask: str) -> None:
-    """ValueError if there is no such mask, or `inner` goes past it or undoes it. TypeError if it is no whole torch optimizer."""
+    """ValueError if there is no such mask, or `inner` goes past or undoes it. TypeError if it is no whole torch optimizer."""
     check_mask(mask)
     if not hasattr(inner, "defaults"):
-        raise TypeError(f"optimizer: {type(inner).__name__} has no `defaults`, as a torch optimizer has: put SPGOptimizer around "
-                        "the optimizer inside it")
+        raise TypeError(f"optimizer: {type(inner).__name__} has no `defaults`, as a torch optimizer has: put SPGOptimizer "
+                        "around the optimizer inside it")
     if getattr(inner, "_overlap_with_ddp", False):
         raise ValueError("optimizer: ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside backward, where no mask "
                          "reaches; use overlap_with_ddp=False")

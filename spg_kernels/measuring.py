@@ -131,15 +131,16 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
         raise ValueError("loader: expected something to run over once a loss, such as a DataLoader; "
                          "an iterator is empty after the first")
     together = _losses_together(losses, parameters)
-    # From the last to the first: a task's own loss is the one that fails at its labels or for want of a head, and of a pass that
-    # fails there nothing shall have been folded in.
+    # From the last to the first: a task's own loss is the one that fails at its labels or for want of a head, and of a pass
+    # that fails there nothing shall have been folded in.
     order = range(len(losses))[::-1]
     sweeps = [order[start:start + together] for start in range(first, len(losses), together)]
     sums_of = _shared_sums if together > 1 else _plain_sums
     reached = first > 0
     try:
         with (torch.inference_mode(False), torch.enable_grad(),
-              tqdm(total=_batches(loader, len(sweeps)), desc="importance", unit="batch", disable=not progress, leave=False) as bar):
+              tqdm(total=_batches(loader, len(sweeps)), desc="importance", unit="batch", disable=not progress,
+                   leave=False) as bar):
             for sweep in sweeps:
                 which = f"losses {sweep[-1] + 1} to {sweep[0] + 1}" if together > 1 else f"loss {sweep[0] + 1}"
                 bar.set_postfix_str(f"{which} of {len(losses)}")
@@ -149,8 +150,8 @@ def measure(loader: Iterable, losses: Sequence[Callable], parameters: Sequence[T
                 del sums  # before the next ones are made
         clear()
         if parameters and not reached:
-            raise ValueError("losses: expected a gradient for some trunk parameter, got none from any of them. They must run a "
-                             "model that has these parameters, and leave gradients in `.grad`, as FSDP2 does where "
+            raise ValueError("losses: expected a gradient for some trunk parameter, got none from any of them. They must run "
+                             "a model that has these parameters, and leave gradients in `.grad`, as FSDP2 does where "
                              "set_requires_gradient_sync is True")
     except BaseException:
         clear()  # again, if it was interrupted
@@ -274,8 +275,8 @@ def _counted(loader: Iterable, bar: tqdm, is_first: bool) -> Iterator:
         batches += 1
         bar.update()
     if not batches:
-        raise ValueError("loader: expected at least one batch, got none" + ("" if is_first else " after the losses before used its "
-                         "batches up; it must begin anew for each"))
+        raise ValueError("loader: expected at least one batch, got none"
+                         + ("" if is_first else " after the losses before used its batches up; it must begin anew for each"))
 
 
 def _batches(loader: Iterable, sweeps: int) -> int | None:

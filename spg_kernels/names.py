@@ -25,6 +25,6 @@ def by_name(named_parameters: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]
     parameters = dict(named_parameters)
     for name, parameter in named_parameters:
         if parameters[name] is not parameter:
-            raise ValueError(f"{name}: two parameters are called so; named_parameters=model.named_parameters(), of one model that "
-                             "holds them all, tells them apart")
+            raise ValueError(f"{name}: two parameters are called so; named_parameters=model.named_parameters(), of one model "
+                             "that holds them all, tells them apart")
     return parameters

@@ -90,7 +90,7 @@ def resolve(backend: str, device_type: str) -> ModuleType:
 
 @functools.cache
 def _modules(backend: str) -> list[ModuleType]:
-    """The modules whose plans may serve `backend`, whether or not they run here. An interpreted Triton's never serve "auto"."""
+    """The modules whose plans may serve `backend`, whether or not they run here. Interpreted Triton's never serve "auto"."""
     if backend != "auto":
         return [backend_module(backend)] if backend in _MODULES else []
     return [module for module in map(backend_module, _MODULES) if module.PLANS.device_type in module.DEVICE_TYPES]

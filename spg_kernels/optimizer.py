@@ -34,8 +34,8 @@ class SPGOptimizer(Optimizer):
         optimizer: the inner optimizer.
         heads: the task heads: modules or parameters, one or several. What is appended later to an nn.ModuleList or a list
             counts too. They hold no gamma, so `importance` must not know them, and are scaled by 1 - mean(gamma).
-        named_parameters: `model.named_parameters()`, to key the importance by, of groups added later too. Without it: the names
-            that `importance` knows these parameters by, those the inner optimizer was built with, or "group.slot".
+        named_parameters: `model.named_parameters()`, to key the importance by, of groups added later too. Without it: the
+            names that `importance` knows these parameters by, those the inner optimizer was built with, or "group.slot".
         mask: "update" scales what the inner step adds to a parameter, right for every torch optimizer but LBFGS, which warns;
             "gradient" scales the gradient, the paper's rule, which adaptive optimizers and weight decay undo.
         importance: an `Importance` to go on from, as when every task gets a fresh inner optimizer.
@@ -140,7 +140,8 @@ class SPGOptimizer(Optimizer):
 
     def _name_trunk(self, all_are_named: bool) -> None:
         """Make every parameter of the groups that is no head known to the importance."""
-        given = {id(parameter): name for name, parameter in reversed(self._named.items())}  # a tied one's first name, as torch's
+        # A tied one's first name, as torch's.
+        given = {id(parameter): name for name, parameter in reversed(self._named.items())}
         trunk: list[tuple[str, Tensor]] = []
         taken: set[str] = set()
         own = {id(p) for p in self._parameters()}
@@ -219,7 +220,7 @@ class SPGOptimizer(Optimizer):
         Returns:
             The closure's loss, if there is a closure.
         """
-        if not torch.compiler.is_compiling():  # a learning-rate scheduler built on the inner optimizer asks it whether it stepped
+        if not torch.compiler.is_compiling():  # a scheduler built on the inner optimizer asks it whether it stepped
             self.inner._opt_called = True
         if not self.importance.active:
             return self._inner_step(closure)
@@ -287,7 +288,7 @@ class SPGOptimizer(Optimizer):
             progress: show a progress bar.
 
         Raises:
-            ValueError: no losses, no batches, no gradient from any loss, an iterator that only one loss could use, or no trunk.
+            ValueError: no losses, no batches, no gradient from any loss, an iterator that only one loss could use, no trunk.
             TypeError: no list of such losses.
             NonFiniteGradientError: see `accumulate_importance`. After any error, what losses before folded in stays: harmless
                 if the same ones are called again. They run from the last to the first, so that where a task's own loss, as
@@ -295,7 +296,8 @@ class SPGOptimizer(Optimizer):
         """
         trunk = self._trunk_of([p for p in self._parameters() if p.requires_grad])
         if not self.importance:
-            raise ValueError("heads: expected the task heads, got every parameter of this optimizer: no trunk is left to protect")
+            raise ValueError("heads: expected the task heads, got every parameter of this optimizer: no trunk is left "
+                             "to protect")
         # What the losses so far were measured at, and what they were folded into.
         tensors = [*self._parameters(), *self._others(), *(self.importance.gamma(p) for p in trunk)]
         first = self._interrupted.finished(loader, losses, tensors)

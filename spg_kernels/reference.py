@@ -104,7 +104,7 @@ def update_mask_(params: list[Tensor], old_params: list[Tensor], gammas: list[Te
 
 def _entering(params, grads, gammas, maximize, mask, grad_scale, found_inf):
     """(i, parameter, gradient as it enters the step) of every tensor, in opmath; of none if `found_inf`."""
-    factor = 1 if grad_scale is None else float(grad_scale.double().reciprocal().float())  # rounded as GradScaler.unscale_ does
+    factor = 1 if grad_scale is None else float(grad_scale.double().reciprocal().float())  # rounded as in GradScaler.unscale_
     for i, (param, grad, gamma) in enumerate(() if found_inf else zip(params, grads, gammas, strict=True)):
         grad = grad.to(opmath(param)) * (-factor if maximize else factor)
         yield i, param.to(grad.dtype), scale(grad, gamma) if mask == "gradient" else grad
@@ -149,7 +149,7 @@ CODE_SCALE = 28.0
 
 
 def code_table() -> tuple[Tensor, Tensor]:
-    """(gamma, 1 - gamma) of the 256 codes, float32: tanh(z) and 2 / (1 + exp(2z)) at z = code / 28; 0 where gamma rounds to 1."""
+    """(gamma, 1 - gamma) of 256 codes, float32: tanh(z) and 2 / (1 + exp(2z)) at z = code / 28; 0 where gamma rounds to 1."""
     z = torch.arange(256, dtype=torch.float64, device="cpu") / CODE_SCALE
     gamma = z.tanh().float()
     return gamma, (2 / (1 + (2 * z).exp())).float().where(gamma < 1, 0.0)

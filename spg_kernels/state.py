@@ -26,7 +26,8 @@ class State(MutableMapping):
         write: called with a parameter and its new gamma.
     """
 
-    def __init__(self, inner: MutableMapping, read: Callable[[Tensor], Tensor | None], write: Callable[[Tensor, Tensor], None]):
+    def __init__(self, inner: MutableMapping, read: Callable[[Tensor], Tensor | None],
+                 write: Callable[[Tensor, Tensor], None]):
         self.inner, self.read, self.write = inner, read, write
 
     def __getitem__(self, parameter: Tensor) -> "MutableMapping | object":

@@ -67,7 +67,8 @@ class Placed:
 
     def before(self) -> torch.Tensor:
         """The tensor as it was made."""
-        return self._kept.view(self.tensor.dtype).as_strided(self.tensor.shape, self.tensor.stride(), self.tensor.storage_offset())
+        return self._kept.view(self.tensor.dtype).as_strided(self.tensor.shape, self.tensor.stride(),
+                                                             self.tensor.storage_offset())
 
 
 def unchanged(*lists: list[Placed]) -> bool:
@@ -120,7 +121,7 @@ def values(largest_exponent: int = 30, special: bool = True) -> st.SearchStrateg
 
 @dataclass(frozen=True)
 class Gamma:
-    """float32 importances, 8-bit codes, or one value for the whole tensor; random, with exact 0 and 1 among them, or all one."""
+    """float32 importances, 8-bit codes, or one value for the whole tensor; random, exact 0 and 1 among them, or all one."""
 
     kind: str = "float32"  # "8-bit", "one value"
     fill: float | None = None
@@ -132,7 +133,8 @@ class Gamma:
         gamma = torch.rand(shape, generator=generator) if self.fill is None else torch.full(shape, self.fill)
         if self.fill is None and gamma.dim():
             spread = torch.randint(0, 8, shape, generator=generator)
-            gamma = torch.where(spread == 0, 0.0, torch.where(spread == 1, 1.0, torch.where(spread == 2, 1 - gamma * 1e-6, gamma)))
+            gamma = torch.where(spread == 0, 0.0,
+                                torch.where(spread == 1, 1.0, torch.where(spread == 2, 1 - gamma * 1e-6, gamma)))
         return (gamma * 255).round().to(torch.uint8) if self.kind == "8-bit" else gamma.float()
 
 

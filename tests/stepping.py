@@ -24,20 +24,23 @@ def snapshot(optimizer) -> list[Slot]:
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for p in group["params"]:
             gamma = optimizer.importance.gamma(p)
-            state = {key: value.clone() for key, value in optimizer.inner.state.get(p, {}).items() if isinstance(value, torch.Tensor)}
-            slots.append(Slot(p.detach().clone(), None if p.grad is None else p.grad.clone(), None if gamma is None else gamma.clone(),
-                              settings, state))
+            state = {key: value.clone() for key, value in optimizer.inner.state.get(p, {}).items()
+                     if isinstance(value, torch.Tensor)}
+            slots.append(Slot(p.detach().clone(), None if p.grad is None else p.grad.clone(),
+                              None if gamma is None else gamma.clone(), settings, state))
     return slots
 
 
 def same(a: list[Slot], b: list[Slot]) -> bool:
     """Bit for bit; state that is not there yet is the zeros that torch begins with."""
     def equal(x, y):
-        return x is y if x is None or y is None else torch.equal(x.nan_to_num(7), y.nan_to_num(7)) and torch.equal(x.isnan(), y.isnan())
+        return x is y if x is None or y is None else (torch.equal(x.nan_to_num(7), y.nan_to_num(7))
+                                                      and torch.equal(x.isnan(), y.isnan()))
 
     return len(a) == len(b) and all(
         equal(x.value, y.value) and equal(x.grad, y.grad) and equal(x.gamma, y.gamma) and x.group == y.group
-        and all(equal(x.state.get(key, torch.zeros_like(y.state.get(key, x.value))), y.state.get(key, torch.zeros_like(x.state.get(key, x.value))))
+        and all(equal(x.state.get(key, torch.zeros_like(y.state.get(key, x.value))),
+                      y.state.get(key, torch.zeros_like(x.state.get(key, x.value))))
                 for key in {*x.state, *y.state}) for x, y in zip(a, b))
 
 

@@ -36,7 +36,8 @@ def lists_for(op: str, dtype: torch.dtype, gamma: str) -> tuple[list, dict]:
         return [draw(), draw(), gammas], {}
     if op == "masked_sgd_":
         return [draw(), draw(), gammas, draw()], {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
-    return [draw(), draw(), gammas, draw(), draw(uniform=True), [], [torch.tensor(3.0) for _ in SIZES]], {"lr": 0.1, "eps": 1e-3}
+    return ([draw(), draw(), gammas, draw(), draw(uniform=True), [], [torch.tensor(3.0) for _ in SIZES]],
+            {"lr": 0.1, "eps": 1e-3})
 
 
 def run(op: str, dtype: torch.dtype, gamma: str, backend: str = "native", parts: tuple[slice, ...] = (slice(None),)) -> list:

@@ -32,7 +32,7 @@ def idx(array: np.ndarray, kind: int = 8) -> bytes:
 
 
 def cifar(path: Path, images: np.ndarray, labels: list, changes: dict = {}) -> None:
-    """Like the published files: a dictionary with byte strings for keys (protocol 3 is the first that Python 3 writes them in)."""
+    """Like the published files: a dictionary with byte strings for keys (Python 3 writes them from protocol 3 on)."""
     path.parent.mkdir(exist_ok=True)
     content = {b"data": images, b"fine_labels": labels, b"filenames": [b"a.png"] * len(labels), **changes}
     path.write_bytes(pickle.dumps(content, protocol=3))
@@ -109,10 +109,12 @@ def test_a_pickle_that_is_none_is_refused(tmp_path):
 def test_fashion_mnist_and_cifar100_are_loaded_from_a_directory(tmp_path):
     rng = np.random.default_rng(0)
     for half, count in (("train", 40), ("t10k", 20)):
-        (tmp_path / f"{half}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))))
+        (tmp_path / f"{half}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(idx(rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))))
         (tmp_path / f"{half}-labels-idx1-ubyte").write_bytes(idx((np.arange(count) % 10).astype(np.uint8)))
     for half in ("train", "test"):
-        cifar(tmp_path / "cifar-100-python" / half, rng.integers(0, 256, (200, 3072), dtype=np.uint8), [i % 100 for i in range(200)])
+        cifar(tmp_path / "cifar-100-python" / half, rng.integers(0, 256, (200, 3072), dtype=np.uint8),
+              [i % 100 for i in range(200)])
     fashion = data.load("fashion-mnist", tmp_path, train_per_class=3)
     assert fashion.train_x.shape == (30, 1, 28, 28) and fashion.test_x.shape == (20, 1, 28, 28)
     assert abs(fashion.train_x.mean()) < 1e-5 and abs(fashion.train_x.std() - 1) < 1e-3

@@ -1,4 +1,4 @@
-"""Interrupts and failures in the middle of a step, a measuring pass or a load: what is left is whole, and the next step right."""
+"""Interrupts and failures in the middle of a step, a measuring pass or a load: what is left is whole, the next step right."""
 
 import copy
 import dis
@@ -88,7 +88,8 @@ def test_a_step_interrupted_anywhere_leaves_every_tensor_before_or_after_it(inne
         assert mask == "gradient" or equal(net.trunk[0].parameters(), before[:2]), "gamma = 1 moved"
 
     # All moments (a stride of 1) pass as well, in up to half a minute each.
-    assert interrupt_everywhere(lambda: masked(inner, mask, backend), lambda _, optimizer: optimizer.step(), check, STRIDE) > 30
+    assert interrupt_everywhere(lambda: masked(inner, mask, backend), lambda _, optimizer: optimizer.step(), check,
+                                STRIDE) > 30
 
 
 def test_measuring_interrupted_anywhere_can_be_measured_again():
@@ -156,7 +157,8 @@ def same(a, b):
     (lambda state: {**state, "param_groups": []}, ValueError, "number of parameter groups"),
     (lambda state: {**state, "param_groups": [{"lr": 1.0}]}, ValueError, "'params'"),
     (lambda state: {**state, "param_groups": [{**state["param_groups"][0], "params": [0, 1]}]}, ValueError, "match the size"),
-    (lambda state: state["state"][0].update(spg_importance=torch.full((16, 10), float("nan"))), ValueError, "trunk.0.weight.*finite"),
+    (lambda state: state["state"][0].update(spg_importance=torch.full((16, 10), float("nan"))), ValueError,
+     "trunk.0.weight.*finite"),
     (lambda state: state["state"][0].update(spg_importance=torch.zeros(10, 16)), ValueError, r"trunk.0.weight.*\(10, 16\)"),
     (lambda state: state["state"][0].update(spg_importance=torch.zeros(16, 10).int()), TypeError, "trunk.0.weight.*int32"),
     (lambda state: state["state"][3].update(spg_importance="0.5"), TypeError, "state.3.*spg_importance.*str"),

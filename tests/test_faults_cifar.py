@@ -45,8 +45,8 @@ def array_of_shape(shape: bytes) -> bytes:
     b"\x80\x02\x82\x01.",
     b"Pabc\n.",
 ], ids=["memo index", "memo index in text", "bytes", "bytearray", "frame", "nested tuple", "tuples of tuples", "nested shape",
-        "shape of long numbers", "state of a class", "attribute of a class", "new object", "global", "stack global", "instance",
-        "extension", "persistent id"])
+        "shape of long numbers", "state of a class", "attribute of a class", "new object", "global", "stack global",
+        "instance", "extension", "persistent id"])
 def test_a_pickle_made_to_harm_is_refused(tmp_path, content):
     (tmp_path / "train").write_bytes(content)
     started, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -144,7 +144,8 @@ def test_a_dtype_that_this_torch_has_not_is_refused(tmp_path, monkeypatch):
     b'[' * 50_000,
     b'',
 ], ids=["overflow", "negative", "past the end", "before the start", "overlap", "nested", "none"])
-@pytest.mark.parametrize("length", [None, 1 << 62, (1 << 64) - 1], ids=["", "header of 2^62 bytes", "header of 2^64 - 1 bytes"])
+@pytest.mark.parametrize("length", [None, 1 << 62, (1 << 64) - 1],
+                         ids=["", "header of 2^62 bytes", "header of 2^64 - 1 bytes"])
 def test_absurd_headers_are_refused(tmp_path, header, length):
     path = tmp_path / "a"
     path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + bytes(16))
@@ -345,7 +346,8 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(state, kind, message):
 
 def test_a_model_that_has_grown_new_heads_and_layers_takes_the_file(tmp_path):
     net = Net(tasks=2)
-    optimizer = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads, named_parameters=net.named_parameters())
+    optimizer = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads,
+                             named_parameters=net.named_parameters())
     optimizer.importance.store({name: torch.rand(optimizer.importance[name].shape) for name in optimizer.importance})
     optimizer.importance.save(tmp_path / "a")
     grown = Net(tasks=5)

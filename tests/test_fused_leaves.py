@@ -88,7 +88,8 @@ def test_one_that_no_kernel_takes_leaves_the_others_theirs(kind, inner, mask, mo
             assert all(p.grad is grad for p, grad in zip(parameters, grads))
         trained.append(parameters)
     assert counts == [N - 1] * 4
-    assert sum("1 of 5 tensors take the generic step, the first (2) because it has" in message for message in caplog.messages) == 1
+    assert sum("1 of 5 tensors take the generic step, the first (2) because it has" in message
+               for message in caplog.messages) == 1
     if kind in (_complex, _double):  # torch's own step and the reference's mask, to the last bit
         assert torch.equal(trained[0][ODD], trained[1][ODD])
     for own, other in zip(*trained, strict=True):

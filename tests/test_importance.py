@@ -22,7 +22,8 @@ def test_a_mapping_by_name_and_by_parameter(net):
     importance = measured(net)
     assert len(importance) == 4 and list(importance) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     weight = net.trunk[0].weight
-    assert weight in importance and "0.weight" in importance and net.heads[0].weight not in importance and "x" not in importance
+    assert (weight in importance and "0.weight" in importance and net.heads[0].weight not in importance
+            and "x" not in importance)
     assert torch.equal(importance[weight], importance["0.weight"]) and importance[weight].dtype == torch.float32
     importance[weight].fill_(0.5)
     assert not (importance[weight] == 0.5).all(), "what is read is a copy"
@@ -156,7 +157,8 @@ def test_names_and_shapes_of_parameters_are_checked(net):
     (lambda net: net, ": .*, got Net"),
 ], ids=["parameters", "two rows", "modules", "three", "model"])
 @pytest.mark.parametrize("take", [Importance, lambda pairs: Importance().bind(pairs),
-                                  lambda pairs: SPGOptimizer(torch.optim.SGD([torch.zeros(1)], lr=0.1), named_parameters=pairs)],
+                                  lambda pairs: SPGOptimizer(torch.optim.SGD([torch.zeros(1)], lr=0.1),
+                                                             named_parameters=pairs)],
                          ids=["importance", "bind", "optimizer"])
 def test_what_is_no_list_of_named_parameters_is_refused(net, pairs, seen, take):
     with pytest.raises(TypeError, match=rf"named_parameters{seen}"):
@@ -172,8 +174,8 @@ def test_named_parameters_may_be_a_dictionary(net):
 @pytest.mark.parametrize("dtype, size", [(torch.float32, "25.1 GiB"), (torch.uint8, "6.3 GiB")], ids=str)
 def test_what_a_model_of_seven_billion_parameters_needs_is_told_without_its_memory(dtype, size):
     hidden, inner, words = 4096, 11008, 32000
-    layer = {"q": (hidden, hidden), "k": (hidden, hidden), "v": (hidden, hidden), "o": (hidden, hidden), "gate": (inner, hidden),
-             "up": (inner, hidden), "down": (hidden, inner), "norm1": (hidden,), "norm2": (hidden,)}
+    layer = {"q": (hidden, hidden), "k": (hidden, hidden), "v": (hidden, hidden), "o": (hidden, hidden),
+             "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner), "norm1": (hidden,), "norm2": (hidden,)}
     shapes = {f"layers.{i}.{name}": shape for i in range(32) for name, shape in layer.items()}
     shapes |= {"embedding": (words, hidden), "norm": (hidden,), "head": (words, hidden)}
     importance = Importance(((name, torch.empty(shape, device="meta")) for name, shape in shapes.items()), dtype)

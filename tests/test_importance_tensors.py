@@ -105,7 +105,8 @@ def test_what_was_written_in_place_counts_after_the_parameter_was_replaced(net):
 
 def test_nothing_is_unprotected_by_being_copied(net):
     optimizer = wrap(net, "SGD", gamma=1.0)
-    again = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads, importance=copy.copy(optimizer.importance))
+    again = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads,
+                         importance=copy.copy(optimizer.importance))
     before = values(net)
     again.step(closure_for(net, torch.ones(2, 10)))
     assert equal(values(net), before)

@@ -30,7 +30,7 @@ def trained(seed: int, inner: str) -> list[torch.Tensor]:
         set_gradients(net.parameters(), seed + fold)
         optimizer.accumulate_importance()
         train(net, optimizer, steps=10, seed=seed)
-    grad, gamma = torch.randn(70_000, generator=generator), torch.zeros(70_000)  # enough for several threads of each thread's own
+    grad, gamma = torch.randn(70_000, generator=generator), torch.zeros(70_000)  # enough for threads of each thread's own
     for _ in range(3):
         spg_kernels.accumulate_importance_([gamma], [grad], backend="native")
         spg_kernels.soft_mask_([grad], [gamma], backend="native")

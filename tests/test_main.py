@@ -28,7 +28,8 @@ def test_every_backend_is_named_with_whether_it_runs_and_why_not():
     assert " yes " in row(output, "native") and "threads" in row(output, "native")
     assert " yes " in row(output, "reference") and "any device with float64" in row(output, "reference")
     reason = spg_kernels.ops.why_unavailable("triton")
-    assert (" no " in row(output, "triton") and reason[:30] in row(output, "triton")) if reason else " yes " in row(output, "triton")
+    assert ((" no " in row(output, "triton") and reason[:30] in row(output, "triton")) if reason
+            else " yes " in row(output, "triton"))
 
 
 def test_the_instruction_set_can_be_capped():
@@ -38,7 +39,8 @@ def test_the_instruction_set_can_be_capped():
 
 def test_a_cap_that_does_not_exist_is_warned_of():
     """torch's own name for its baseline is "default"."""
-    assert "SPG_CPU_CAPABILITY: expected one of avx512vbmi, avx512, avx2, baseline, got 'default'" in started(SPG_CPU_CAPABILITY="default").stderr
+    assert ("SPG_CPU_CAPABILITY: expected one of avx512vbmi, avx512, avx2, baseline, got 'default'"
+            in started(SPG_CPU_CAPABILITY="default").stderr)
 
 
 def test_a_path_longer_than_a_line_is_folded_not_cut(monkeypatch, capsys):

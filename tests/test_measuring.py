@@ -297,7 +297,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_an_interrupted_pass_starts_anew_after_a_change(change):
     net = Net(tasks=4)
-    optimizer = SPGOptimizer(torch.optim.SGD(net.trunk.parameters(), lr=0.1), heads=net.heads, named_parameters=net.named_parameters())
+    optimizer = SPGOptimizer(torch.optim.SGD(net.trunk.parameters(), lr=0.1), heads=net.heads,
+                             named_parameters=net.named_parameters())
     losses, loader = both(net)[0], Stops(tasks()[1], at=3)
     with pytest.raises(KeyboardInterrupt):
         optimizer.measure_importance(loader, losses, progress=False)

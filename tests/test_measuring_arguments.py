@@ -190,7 +190,8 @@ class Checkpointed(torch.nn.Module):
         self.block, self.last, self.use_reentrant = torch.nn.Linear(10, 16), torch.nn.Linear(16, 16), use_reentrant
 
     def forward(self, x):
-        return self.last(checkpoint(lambda x: self.block(x).tanh(), x.detach().requires_grad_(), use_reentrant=self.use_reentrant))
+        return self.last(checkpoint(lambda x: self.block(x).tanh(), x.detach().requires_grad_(),
+                                    use_reentrant=self.use_reentrant))
 
 
 def test_a_checkpoint_that_hides_its_parameters_is_refused(net):

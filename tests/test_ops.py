@@ -133,7 +133,7 @@ def test_masks_at_gamma_zero_and_one_keep_every_bit(backend, dtype):
     codes = torch.full(values.shape, 255, dtype=torch.uint8)
 
     def bits(tensor):
-        tensor = torch.where(tensor.isnan(), torch.tensor(math.nan, dtype=dtype), tensor)  # a NaN's payload is nobody's promise
+        tensor = torch.where(tensor.isnan(), torch.tensor(math.nan, dtype=dtype), tensor)  # nobody promises a NaN's payload
         return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 
     def after(function, gamma, *others):
@@ -227,8 +227,9 @@ def test_masked_adamw_without_importance_is_torch_adamw(backend, settings, dtype
 
     def ours(params, grads, states, step):
         zeros = [torch.zeros(p.shape) for p in params]
-        spg_kernels.masked_adamw_(params, grads, zeros, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", []),
-                                  steps, lr=0.01, eps=eps, decoupled=decoupled, mask=mask, backend=backend, **settings)
+        spg_kernels.masked_adamw_(params, grads, zeros, states["exp_avg"], states["exp_avg_sq"],
+                                  states.get("max_exp_avg_sq", []), steps, lr=0.01, eps=eps, decoupled=decoupled, mask=mask,
+                                  backend=backend, **settings)
         assert [s.item() for s in steps] == [step + 1] * 2
 
     make = torch.optim.AdamW if decoupled else torch.optim.Adam
@@ -242,7 +243,8 @@ def test_masked_steps_equal_the_float64_formula(backend, op, mask, gamma_kind):
     n = 5000
     p, g, m, v = (torch.randn(n) for _ in range(4))
     v = v.square()
-    gamma = {"float32": torch.rand(n), "8-bit": torch.randint(0, 256, (n,), dtype=torch.uint8), "one value": torch.tensor(0.37)}[gamma_kind]
+    gamma = {"float32": torch.rand(n), "8-bit": torch.randint(0, 256, (n,), dtype=torch.uint8),
+             "one value": torch.tensor(0.37)}[gamma_kind]
     keep = oracle.keep(gamma)
     old, grad, lr = p.double(), g.double() * (keep if mask == "gradient" else 1), 0.1
     if op == "sgd":
@@ -305,7 +307,8 @@ def test_lists_that_do_not_match_change_nothing(backend):
     with pytest.raises(ValueError, match="momentum_buffers"):
         spg_kernels.masked_sgd_([good], [good], [gamma], [], lr=1.0, momentum=0.9, backend=backend)
     with pytest.raises(ValueError, match=r"exp_avgs\[0\]"):
-        spg_kernels.masked_adamw_([good], [good], [gamma], [torch.rand(4)], [gamma], [], [torch.tensor(0.0)], lr=1.0, backend=backend)
+        spg_kernels.masked_adamw_([good], [good], [gamma], [torch.rand(4)], [gamma], [], [torch.tensor(0.0)], lr=1.0,
+                                  backend=backend)
     with pytest.raises(ValueError, match="backend"):
         spg_kernels.soft_mask_([good], [gamma], backend="cuda")
     assert torch.equal(good, before)
@@ -333,7 +336,8 @@ def test_auto_takes_the_reference_for_what_native_refuses(caplog):
 
 def test_what_native_refuses_is_looked_at_once(monkeypatch):
     def call():
-        grads, gammas = [torch.ones(7), torch.ones(7, dtype=torch.float64), torch.ones(5)], [torch.full((n,), 0.5) for n in (7, 7, 5)]
+        grads, gammas = ([torch.ones(7), torch.ones(7, dtype=torch.float64), torch.ones(5)],
+                         [torch.full((n,), 0.5) for n in (7, 7, 5)])
         spg_kernels.soft_mask_(grads, gammas)
         assert all((grad == 0.5).all() for grad in grads)
 
@@ -370,14 +374,16 @@ OPERATORS = {
     "accumulate_importance_": lambda: (([torch.zeros(5), torch.zeros(2, 2)], [torch.randn(5), torch.randn(2, 2)]), {}),
     "soft_mask_": lambda: (([torch.randn(5)], [torch.rand(5)]), {}),
     "update_mask_": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)]), {}),
-    "masked_sgd_": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)], [torch.randn(5)]), dict(lr=0.1, momentum=0.9)),
+    "masked_sgd_": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)], [torch.randn(5)]),
+                            dict(lr=0.1, momentum=0.9)),
     "masked_sgd_.tensor_lr": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)], []),
                                       dict(lr=torch.tensor(0.1), grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0))),
     "masked_adamw_": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)], [torch.zeros(5)], [torch.zeros(5)], [],
                                [torch.tensor(0.0)]), dict(lr=0.1)),
-    "masked_adamw_.tensor_lr": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)], [torch.zeros(5)], [torch.zeros(5)],
-                                         [torch.zeros(5)], [torch.tensor(0.0)]),
-                                        dict(lr=torch.tensor(0.1), grad_scale=torch.tensor([2.0]), found_inf=torch.tensor(1.0))),
+    "masked_adamw_.tensor_lr": lambda: (([torch.randn(5)], [torch.randn(5)], [torch.rand(5)], [torch.zeros(5)],
+                                         [torch.zeros(5)], [torch.zeros(5)], [torch.tensor(0.0)]),
+                                        dict(lr=torch.tensor(0.1), grad_scale=torch.tensor([2.0]),
+                                             found_inf=torch.tensor(1.0))),
 }
 
 

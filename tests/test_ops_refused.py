@@ -23,7 +23,8 @@ SETTINGS = {"masked_sgd_": {"lr": 0.1, "momentum": 0.9}, "masked_adamw_": {"lr":
 
 
 def _arguments(op, dtype=torch.float32):
-    lists = {name: [torch.full((4,), 0.5, dtype=torch.float32 if name == "gammas" else dtype) for _ in range(2)] for name in LISTS[op]}
+    lists = {name: [torch.full((4,), 0.5, dtype=torch.float32 if name == "gammas" else dtype) for _ in range(2)]
+             for name in LISTS[op]}
     if op == "masked_adamw_":
         lists["state_steps"] = [torch.tensor(1.0), torch.tensor(1.0)]
     return lists
@@ -54,7 +55,8 @@ def test_no_kernel_runs_over_what_lies_between_the_elements(backend, columns):
 @pytest.mark.parametrize("op, name", [(op, name) for op, names in LISTS.items() for name in names])
 def test_a_tensor_of_another_kind_is_named_before_anything_changes(op, name, kind, backend):
     make = {"sparse": torch.Tensor.to_sparse, "csr": lambda t: t.reshape(2, 2).to_sparse_csr(),
-            "float8": lambda t: t.to(torch.float8_e4m3fn), "nested": lambda t: torch.nested.nested_tensor([t[:1], t[1:]])}[kind]
+            "float8": lambda t: t.to(torch.float8_e4m3fn),
+            "nested": lambda t: torch.nested.nested_tensor([t[:1], t[1:]])}[kind]
     lists = _arguments(op)
     if kind == "csr":
         lists = {key: [t.reshape(2, 2) if t.dim() else t for t in tensors] for key, tensors in lists.items()}
@@ -68,7 +70,8 @@ def test_a_tensor_of_another_kind_is_named_before_anything_changes(op, name, kin
 
 @BACKENDS
 @pytest.mark.parametrize("op, name, value", [
-    *((op, name, value) for op, names in NUMBERS.items() for name in names for value in (None, "0.1", 1j, torch.ones(2), torch.ones(2, 2))),
+    *((op, name, value) for op, names in NUMBERS.items() for name in names
+      for value in (None, "0.1", 1j, torch.ones(2), torch.ones(2, 2))),
     *((op, "lr", torch.tensor([0.1]).to_sparse()) for op in NUMBERS),
     # A beta of 1 never forgets, and its correction is a division by 0.
     ("masked_adamw_", "beta1", 1.0), ("masked_adamw_", "beta2", 1.0),
@@ -83,7 +86,8 @@ def test_a_setting_that_is_no_number_is_named_before_anything_changes(op, name, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("make", [Fraction, lambda x: torch.tensor(x, dtype=torch.float64), lambda x: torch.tensor([x]),
-                                  lambda x: torch.tensor([[x]], dtype=torch.float64)], ids=["Fraction", "0-d", "[1]", "[1, 1] float64"])
+                                  lambda x: torch.tensor([[x]], dtype=torch.float64)],
+                         ids=["Fraction", "0-d", "[1]", "[1, 1] float64"])
 @pytest.mark.parametrize("op", SETTINGS)
 def test_any_one_number_is_a_setting(op, make, dtype):
     """float64 takes the reference: a learning rate with a shape would give the update one, and its dtype."""
@@ -141,8 +145,9 @@ def test_who_traces_with_fake_tensors_needs_no_numbers():
 @BACKENDS
 def test_a_beta1_of_0_makes_the_average_the_gradient(backend):
     """However small that is beside the average."""
-    lists = {name: [torch.ones(4)] for name in ("params", "grads")} | {"gammas": [torch.zeros(4)], "exp_avgs": [torch.full((4,), 1e8)],
-             "exp_avg_sqs": [torch.ones(4)], "max_exp_avg_sqs": [], "state_steps": [torch.tensor(5.0)]}
+    lists = {name: [torch.ones(4)] for name in ("params", "grads")} | {
+        "gammas": [torch.zeros(4)], "exp_avgs": [torch.full((4,), 1e8)], "exp_avg_sqs": [torch.ones(4)],
+        "max_exp_avg_sqs": [], "state_steps": [torch.tensor(5.0)]}
     spg_kernels.masked_adamw_(*lists.values(), lr=0.1, beta1=0.0, backend=backend)
     assert (lists["exp_avgs"][0] == 1).all()
 
@@ -152,8 +157,8 @@ def test_a_beta1_of_0_makes_the_average_the_gradient(backend):
 def test_a_nan_in_the_bound_of_amsgrad_stays_one(square, kept, backend):
     """As torch.maximum has it."""
     bounds = [torch.full((40,), kept)]
-    spg_kernels.masked_adamw_([torch.ones(40)], [torch.ones(40)], [torch.zeros(40)], [torch.ones(40)], [torch.full((40,), square)],
-                              bounds, [torch.tensor(1.0)], lr=0.1, backend=backend)
+    spg_kernels.masked_adamw_([torch.ones(40)], [torch.ones(40)], [torch.zeros(40)], [torch.ones(40)],
+                              [torch.full((40,), square)], bounds, [torch.tensor(1.0)], lr=0.1, backend=backend)
     assert bounds[0].isnan().all()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints beyond one wrapper's own: flattened, moved between plain and wrapped optimizers, and `state` as torch walks it."""
+"""Checkpoints beyond a wrapper's own: flattened, moved between plain and wrapped optimizers, and `state` as torch walks it."""
 
 import copy
 import warnings
@@ -19,7 +19,8 @@ KEY = "spg_importance"
 
 @pytest.mark.dropin(line=13)
 @pytest.mark.parametrize("inner", [name for name in INNER if not name.endswith(("foreach", "LBFGS", "Muon"))])
-@pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True, "cpu_offload": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True},
+                                     {"full_state_dict": True, "cpu_offload": True}], ids=str)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.compatibility("torch.distributed.checkpoint: get, set, flattened, full", "torch", "works")
 def test_torch_distributed_checkpoint_resumes_the_trajectory(net, inner, options, tmp_path):
@@ -40,7 +41,8 @@ def test_torch_distributed_checkpoint_resumes_the_trajectory(net, inner, options
     for twin, optimizer_of_twin in zip(twins, resumed):
         set_optimizer_state_dict(twin, optimizer_of_twin, optim_state_dict=copy.deepcopy(state), options=options)
         assert equal(values(twin), values(net)), "no hidden step moves a parameter"
-        assert all(torch.equal(optimizer_of_twin.importance[name], optimizer.importance[name]) for name in optimizer.importance)
+        assert all(torch.equal(optimizer_of_twin.importance[name], optimizer.importance[name])
+                   for name in optimizer.importance)
     for model, opt in zip((net, *twins), (optimizer, *resumed)):
         set_gradients(model.parameters(), seed=7)
         opt.step()
@@ -139,9 +141,10 @@ def test_gammas_of_zero_and_one_are_gammas(net):
 @pytest.mark.dropin(line=12)
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.compatibility("checkpoints of a plain optimizer, both ways, `weights_only=True`", "torch", "works with a note",
-                           "a plain SparseAdam, or another without `_init_group`, may fail at a parameter not stepped before saving")
+                           "a plain SparseAdam, or another without `_init_group`, may fail at a parameter not stepped before "
+                           "saving")
 def test_the_migration_of_the_readme_both_ways(net, inner, tmp_path):
-    """plain -> wrapped: nothing is protected yet, and the trajectory is the plain one; wrapped -> plain: it goes on as it was."""
+    """plain -> wrapped: nothing is protected yet, the trajectory is the plain one; wrapped -> plain: it goes on as it was."""
     plain = INNER[inner](net.parameters())
     train(net, plain, steps=2)
     torch.save(plain.state_dict(), tmp_path / "plain.pt")
@@ -289,7 +292,7 @@ def test_a_head_of_a_checkpoint_is_no_trunk(net):
 @pytest.mark.parametrize("through", ["asked for", "loaded"])
 @pytest.mark.parametrize("inner", [torch.optim.Rprop, torch.optim.ASGD])
 def test_a_checkpoint_keeps_no_learning_rate_for_a_parameter_that_was_not_stepped(net, inner, through):
-    """Both keep one in the state of a parameter, from its first step on: in a warm-up, or with a layer frozen, an early one."""
+    """Both keep one in a parameter's state, from its first step on: in a warm-up, or with a layer frozen, an early one."""
     trained = []
     for is_wrapped in (False, True):
         twin = copy.deepcopy(net)

@@ -272,7 +272,7 @@ def test_a_new_parameter_in_the_slot_of_a_known_one_takes_another_name():
 @pytest.mark.dropin(line=19)
 @pytest.mark.parametrize("copier", [lambda pair: pair, copy.deepcopy])
 def test_a_group_added_later_has_the_names_that_were_given(net, copier):
-    """The trunk is unfrozen from its top down; the next task's optimizer, and a file, know the parameters by the same names."""
+    """The trunk is unfrozen from its top down; the next task's optimizer, and a file, know parameters by the same names."""
     parameters = [*net.trunk[2].parameters(), *net.heads.parameters()]
     net, optimizer = copier((net, SPGOptimizer(torch.optim.SGD(parameters, lr=0.1), heads=net.heads,
                                                named_parameters=net.named_parameters())))
@@ -343,7 +343,8 @@ def test_a_non_finite_gradient_names_its_parameter(net):
 def test_names_come_from_the_inner_optimizer_if_it_has_them(net):
     named = SPGOptimizer(torch.optim.SGD(net.named_parameters(), lr=0.1), heads=net.heads)
     assert list(named.importance) == ["trunk.0.weight", "trunk.0.bias", "trunk.2.weight", "trunk.2.bias"]
-    assert list(SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=list(net.heads)).importance) == ["0.0", "0.1", "0.2", "0.3"]
+    assert list(SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1),
+                             heads=list(net.heads)).importance) == ["0.0", "0.1", "0.2", "0.3"]
     parameters = [p for head in net.heads for p in head.parameters()]
     assert len(SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=parameters).importance) == 4
 

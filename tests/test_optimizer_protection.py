@@ -97,7 +97,8 @@ def test_the_update_mask_scales_what_the_inner_step_adds(net, inner):
         model, twin = copy.deepcopy(net), copy.deepcopy(net)
         optimizer = wrap(model, inner, backend=on)
         for name in optimizer.importance:
-            optimizer.importance[name] = torch.rand(optimizer.importance[name].shape, generator=torch.Generator().manual_seed(3))
+            optimizer.importance[name] = torch.rand(optimizer.importance[name].shape,
+                                                    generator=torch.Generator().manual_seed(3))
         old = values(model)
         train(twin, INNER[inner](twin.parameters()), steps=1)
         train(model, optimizer, steps=1)
@@ -253,7 +254,8 @@ def test_eight_bit_importance_drives_the_same_step(net):
 
 @pytest.mark.dropin(line=2)
 @pytest.mark.compatibility("every optimizer in `torch.optim`, foreach and fused too, `mask=\"update\"`", "torch",
-                           "works with a note", "LBFGS, whose step is one of all parameters together, may diverge, as a warning says")
+                           "works with a note",
+                           "LBFGS, whose step is one of all parameters together, may diverge, as a warning says")
 def test_the_list_of_inner_optimizers_is_all_of_torch(net):
     """SparseAdam alone takes nothing but sparse gradients: the test below."""
     classes = {cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)}
@@ -273,7 +275,8 @@ def test_sparse_adam(gamma):
         layer(torch.tensor([1, 3, 3])).sum().backward()
         opt.step()
     expected = before.lerp(twin.weight, 1 - gamma)
-    assert torch.equal(embedding.weight, expected) if gamma in (0.0, 1.0) else torch.allclose(embedding.weight, expected, atol=1e-7)
+    assert (torch.equal(embedding.weight, expected) if gamma in (0.0, 1.0)
+            else torch.allclose(embedding.weight, expected, atol=1e-7))
     assert not torch.equal(before, twin.weight)
 
 
@@ -336,7 +339,7 @@ def test_momentum_from_before_does_not_move_what_is_important_now(net, inner):
 @pytest.mark.compatibility("the same, `mask=\"gradient\"`", "torch", "works with a note",
                            "weight decay and adaptive steps undo it, as a warning says")
 def test_the_gradient_mask_warns_for_every_optimizer_that_undoes_it(net, inner):
-    """Measured: at gamma = 1 weight decay still moves parameters, at gamma = 0.9 a step that adapts its scale hardly shrinks."""
+    """Measured: at gamma = 1 weight decay still moves parameters, at 0.9 a step that adapts its scale hardly shrinks."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer = SPGOptimizer(INNER[inner](net.parameters()), heads=net.heads, mask="gradient", backend="reference")

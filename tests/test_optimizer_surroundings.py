@@ -1,4 +1,4 @@
-"""What torch puts around an optimizer: schedulers, scalers, clipping, hooks in backward, torch.compile, autograd, meta devices."""
+"""What torch puts around optimizers: schedulers, scalers, clipping, backward hooks, torch.compile, autograd, meta devices."""
 
 import copy
 
@@ -52,8 +52,8 @@ def test_two_optimizers_with_one_importance_are_as_one(net, inner):
     one = wrap(twin, inner)
     matrices, rest = ([p for p in net.parameters() if (p.dim() == 2) == two] for two in (True, False))
     known = Importance()
-    first, second = (SPGOptimizer(INNER[inner](own), heads=net.heads, named_parameters=net.named_parameters(), importance=known)
-                     for own in (matrices, rest))
+    first, second = (SPGOptimizer(INNER[inner](own), heads=net.heads, named_parameters=net.named_parameters(),
+                                  importance=known) for own in (matrices, rest))
     for seed in range(4):
         for model, optimizers in ((twin, [one]), (net, [first, second])):
             set_gradients(model.parameters(), seed)
@@ -69,7 +69,8 @@ def test_two_optimizers_with_one_importance_are_as_one(net, inner):
 @pytest.mark.parametrize("inner", ["SGD fused", "AdamW fused", "RMSprop"])
 @pytest.mark.parametrize("on", ["auto", "reference"])
 @pytest.mark.compatibility("GradScaler and clipping", "torch", "works",
-                           "around an optimizer with `fused=True` the host never waits for the device, and `.grad` stays scaled")
+                           "around an optimizer with `fused=True` the host never waits for the device, "
+                           "and `.grad` stays scaled")
 def test_scaled_and_clipped_gradients_are_masked_as_unscaled_ones(net, inner, on):
     """A fused optimizer unscales in its own step; clipping makes the scaler unscale before."""
     x = torch.randn(8, 10)
@@ -143,7 +144,8 @@ def test_memory_layouts_change_no_number(layout, kind, inner, mask):
     grad = {"like the parameter": torch.randn_like(parameter), "contiguous": torch.randn(parameter.shape),
             "expanded": torch.randn(parameter.shape[-1]).expand(parameter.shape),
             "strided": torch.randn(*parameter.shape[:-1], 2 * parameter.shape[-1])[..., ::2]}[kind]
-    ours, plain = SPGOptimizer(INNER[inner]([parameter]), mask=mask), SPGOptimizer(INNER[inner]([twin]), mask=mask, backend="reference")
+    ours, plain = (SPGOptimizer(INNER[inner]([parameter]), mask=mask),
+                   SPGOptimizer(INNER[inner]([twin]), mask=mask, backend="reference"))
     gamma = 0.9 * torch.rand(parameter.shape)
     ours.importance["0.0"] = plain.importance["0.0"] = gamma
     parameter.grad, twin.grad = grad, grad.contiguous()
@@ -183,7 +185,8 @@ def test_tied_parameters_are_one_parameter(net):
         optimizer.importance.add("trunk.4.weight", net.trunk[-1].weight)
     by_every_name = SPGOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), heads=net.heads,
                                  named_parameters=net.named_parameters(remove_duplicate=False))
-    assert list(wrap(net, importance=by_every_name.importance).importance) == list(optimizer.importance), "it has its first name"
+    assert (list(wrap(net, importance=by_every_name.importance).importance)
+            == list(optimizer.importance)), "it has its first name"
 
 
 @pytest.mark.dropin(line=16)

@@ -37,7 +37,8 @@ def test_a_source_distribution_is_the_sources_alone(sdist):
     with tarfile.open(sdist) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
     assert {"csrc/dispatch.cpp", "csrc/dispatch.h", "LICENSE", "spg_kernels/py.typed"} <= set(names)
-    assert not any(name.startswith("tests") or name.endswith(".so") for name in names), "tests without their helpers, or a build"
+    assert not any(name.startswith("tests") or name.endswith(".so") for name in names), (
+        "tests without their helpers, or a build")
 
 
 def test_one_wheel_serves_every_python_and_torch(sdist, tmp_path):
@@ -52,7 +53,8 @@ def test_one_wheel_serves_every_python_and_torch(sdist, tmp_path):
     library = tmp_path / "installed/spg_kernels/backends/libspg_kernels.so"
     linked = subprocess.run(["ldd", library], capture_output=True, text=True).stdout
     assert "libstdc++" in linked and "torch" not in linked and "libpython" not in linked
-    assert b"_GLOBAL__sub_I" not in library.read_bytes(), "nothing is to run at load time: GCC 12 on aarch64 left a table empty"
+    assert b"_GLOBAL__sub_I" not in library.read_bytes(), (
+        "nothing is to run at load time: GCC 12 on aarch64 left a table empty")
 
 
 def test_without_a_compiler_the_install_succeeds_with_one_warning_and_the_reference_serves(sdist, tmp_path):

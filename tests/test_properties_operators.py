@@ -210,7 +210,8 @@ def scaler_settings(scaler) -> dict[str, torch.Tensor | None]:
 
 def unscaled(grad: torch.Tensor, scaler) -> torch.Tensor:
     """In float64, by the reciprocal in float32 that GradScaler.unscale_ multiplies by."""
-    return grad.double() if scaler[0] is None else grad.double() * torch.tensor(scaler[0]).double().reciprocal().float().double()
+    return (grad.double() if scaler[0] is None
+            else grad.double() * torch.tensor(scaler[0]).double().reciprocal().float().double())
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
@@ -233,7 +234,8 @@ def assert_moved(param: Placed, keep, new, bound, mask: str) -> None:
 
 @given(STEPS, RATES, st.sampled_from([0.0, 0.9]), st.sampled_from([0.0, 0.3]), DECAYS, SWITCH, SWITCH, SWITCH,
        st.sampled_from(["update", "gradient"]), SCALERS)
-def test_masked_sgd_equals_its_float64_formula(recipes, lr, momentum, dampening, decay, nesterov, maximize, first, mask, scaler):
+def test_masked_sgd_equals_its_float64_formula(recipes, lr, momentum, dampening, decay, nesterov, maximize, first, mask,
+                                               scaler):
     for backend in BACKENDS:
         params, grads, masks, (buffers,) = place_step(recipes, 1)
         settings = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": decay, "nesterov": nesterov,
@@ -261,10 +263,10 @@ def test_masked_sgd_equals_its_float64_formula(recipes, lr, momentum, dampening,
             assert_moved(param, keep, old - lr * d, 8 * EPS * (old.abs() + lr * size) + TINY, mask)
 
 
-@given(STEPS, RATES, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([0.5, 0.999]), st.sampled_from([1e-8, 1e-3]), DECAYS, SWITCH,
-       SWITCH, SWITCH, st.sampled_from([0.0, 1.0, 1000.0]), st.sampled_from(["update", "gradient"]), SCALERS)
-def test_masked_adamw_equals_its_float64_formula(recipes, lr, beta1, beta2, eps, decay, decoupled, amsgrad, maximize, step, mask,
-                                                 scaler):
+@given(STEPS, RATES, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([0.5, 0.999]), st.sampled_from([1e-8, 1e-3]), DECAYS,
+       SWITCH, SWITCH, SWITCH, st.sampled_from([0.0, 1.0, 1000.0]), st.sampled_from(["update", "gradient"]), SCALERS)
+def test_masked_adamw_equals_its_float64_formula(recipes, lr, beta1, beta2, eps, decay, decoupled, amsgrad, maximize, step,
+                                                 mask, scaler):
     for backend in BACKENDS:
         params, grads, masks, (averages, squares, largest) = place_step(recipes, 3)
         steps = [Placed(torch.tensor(step)) for _ in params]

@@ -226,8 +226,8 @@ def without_gradient(slot: stepping.Slot) -> stepping.Slot:
 
 
 OPERATIONS = ["step"] * 4 + ["fold"] * 3 + ["save", "load"] * 2 + [
-    "step_with_closure", "failing_step", "measure", "set_importance", "change_learning_rate", "add_group", "load_plain", "copy",
-    "fresh_inner", "change_backend", "through_a_file"]
+    "step_with_closure", "failing_step", "measure", "set_importance", "change_learning_rate", "add_group", "load_plain",
+    "copy", "fresh_inner", "change_backend", "through_a_file"]
 
 
 @settings(max_examples=max(1, settings.default.max_examples // 4))
@@ -242,4 +242,5 @@ def test_any_history_is_the_models(inner, mask, dtype, backend, operations):
         for operation, seed in operations:
             getattr(history, operation)(seed)
             event(operation)
-    assert all(stepping.same(before, snapshot(original)) for original, before in history.others), "a copy is apart from its original"
+    assert all(stepping.same(before, snapshot(original)) for original, before in history.others), (
+        "a copy is apart from its original")

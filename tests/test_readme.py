@@ -7,7 +7,8 @@ import torch
 
 from .models import Net, tasks
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"),
+                    re.M | re.S)
 
 
 def test_the_first_block_needs_a_model_and_tasks_and_protects():

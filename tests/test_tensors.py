@@ -32,7 +32,8 @@ def located(locate, lists):
 
 def test_the_addresses_of_like_tensors_list_after_list(path):
     def lists():
-        return [torch.randn(4, 5), torch.zeros(0, 3), torch.zeros(())], [], [torch.randn(3, 2).t().bfloat16(), torch.zeros(4)[1:]]
+        return ([torch.randn(4, 5), torch.zeros(0, 3), torch.zeros(())], [],
+                [torch.randn(3, 2).t().bfloat16(), torch.zeros(4)[1:]])
 
     locate = tensors.locator(lists())
     for _ in range(3):

@@ -39,7 +39,8 @@ NVIDIA = [*(Case(SM90, grad, gamma) for grad in GRADS for gamma in GAMMAS),
           *(Case(SM80, grad, gamma) for grad in GRADS[:2] for gamma in GAMMAS),
           Case(SM89, torch.float32, torch.float32, FLOAT32), Case(SM89, torch.bfloat16, torch.uint8, FLOAT32)]
 AMD = [Case(GFX942, grad, gamma) for grad in GRADS[:2] for gamma in GAMMAS]
-ONE_REGISTER_TOO_FEW = Case(SM80, torch.bfloat16, torch.uint8)  # for Triton 3.7, which spills it once a program, before all loops
+# For Triton 3.7, which spills it once a program, before all loops.
+ONE_REGISTER_TOO_FEW = Case(SM80, torch.bfloat16, torch.uint8)
 on_nvidia = pytest.mark.parametrize("case", NVIDIA, ids=str)
 on_amd = pytest.mark.parametrize("case", AMD, ids=str)
 
@@ -104,7 +105,8 @@ def test_no_register_spills_and_as_many_programs_resident_as_planned(case, tmp_p
     code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/ +([^;]*);", cuobjdump(case, tmp_path, "-sass"), re.M)
     jumps = [(int(target[1], 16), int(at, 16)) for at, line in code if (target := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", line))]
     loops = [(start, end) for start, end in jumps if start <= end]
-    loads, spills = ([int(at, 16) for at, line in code if re.search(names, line)] for names in (r"\bLDG\b", r"\b(?:LDL|STL)\b"))
+    loads, spills = ([int(at, 16) for at, line in code if re.search(names, line)]
+                     for names in (r"\bLDG\b", r"\b(?:LDL|STL)\b"))
     assert any(start <= at <= end for at in loads for start, end in loops)
     if triton.__version__.startswith("3.7.") and case == ONE_REGISTER_TOO_FEW:
         assert len(spills) <= 3 and not any(start <= at <= end for at in spills for start, end in loops)

@@ -23,8 +23,9 @@ def test_every_kernel_in_the_interpreter(file):
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
 
 
-@pytest.mark.parametrize("triton, numpy, runs", [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.6.0", "2.10.0", False),
-                                                 ("3.7.0", "2.4.6", True), ("3.10.0+rocm", "2.4.6", True)])
+@pytest.mark.parametrize("triton, numpy, runs", [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False),
+                                                 ("3.6.0", "2.10.0", False), ("3.7.0", "2.4.6", True),
+                                                 ("3.10.0+rocm", "2.4.6", True)])
 def test_an_interpreter_that_numpy_has_left_behind_is_not_started(monkeypatch, triton, numpy, runs):
     monkeypatch.setattr(pytest.importorskip("triton", reason="triton is not installed"), "__version__", triton)
     monkeypatch.setattr("numpy.__version__", numpy)

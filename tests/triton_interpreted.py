@@ -238,7 +238,8 @@ def test_step_counts_on_the_device_give_the_same_step(monkeypatch, count, found)
     assert [s.item() for s in twin[6]] == [count + i + (not found) for i in range(3)]
 
 
-@pytest.mark.parametrize("shapes", [[(40, 30)] + [(2,)] * 300, [(0,)] * 3, [(20000,), (0,), (5,)]], ids=["many", "empty", "mixed"])
+@pytest.mark.parametrize("shapes", [[(40, 30)] + [(2,)] * 300, [(0,)] * 3, [(20000,), (0,), (5,)]],
+                         ids=["many", "empty", "mixed"])
 def test_every_count_on_the_device_is_taken_one_further(monkeypatch, shapes):
     lists = inputs("masked_adamw_", torch.float32, torch.float32, "float32", shapes)
     monkeypatch.setattr(plans, "on_host", lambda step: False)

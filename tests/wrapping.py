@@ -51,7 +51,8 @@ for _class, _settings in {
 def wrap(net, inner="SGD", gamma=None, **kwargs):
     if kwargs.get("mask") == "gradient" or inner == "LBFGS":
         warnings.simplefilter("ignore", UserWarning)
-    optimizer = SPGOptimizer(INNER[inner](net.parameters()), heads=net.heads, named_parameters=net.named_parameters(), **kwargs)
+    optimizer = SPGOptimizer(INNER[inner](net.parameters()), heads=net.heads, named_parameters=net.named_parameters(),
+                             **kwargs)
     if gamma is not None:
         for name in optimizer.importance:
             optimizer.importance[name] = torch.full(optimizer.importance[name].shape, gamma)

@@ -34,7 +34,8 @@ def unavailable() -> str | None:
 def describe() -> str:
     """Instruction set and threads, for `python -m spg_kernels`."""
     functions = library.load()[0]
-    threads = f"{torch.get_num_threads()} OpenMP threads" if functions.spg_has_openmp() else "one thread (built without OpenMP)"
+    threads = (f"{torch.get_num_threads()} OpenMP threads" if functions.spg_has_openmp()
+               else "one thread (built without OpenMP)")
     return f"{functions.spg_isa().decode()}, {threads}"
 
 

@@ -153,7 +153,7 @@ def _refusal(op: str, tensors: dict[str, Tensor], device_type: str) -> str | Non
 
 
 def _same_memory_order(tensor: Tensor, first: Tensor) -> bool:
-    """Whether both lie densely in memory, with their elements in the same order: the k-th of one belongs to the k-th of the other."""
+    """Whether both lie densely in memory, their elements in the same order: the k-th of one belongs to the other's k-th."""
     if tensor.numel() == 0 or (tensor.is_contiguous() and first.is_contiguous()):
         return True
     strides, others = ([(stride, n) for stride, n in zip(t.stride(), t.shape) if n > 1] for t in (tensor, first))

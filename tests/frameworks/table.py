@@ -1,4 +1,4 @@
-"""The compatibility table of the README, from the `compatibility` marks of the tests: `python -m tests.frameworks.table` writes it."""
+"""The README's compatibility table, from the tests' `compatibility` marks: `python -m tests.frameworks.table` writes it."""
 
 import importlib
 from importlib.metadata import version

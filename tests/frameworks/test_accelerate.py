@@ -48,7 +48,8 @@ def test_a_run(inner, precision, clip, accumulate):
     training.check_frozen(frozen)
 
 
-@pytest.mark.compatibility("Accelerate, save_state and load_state", "accelerate", "works", "the importance is in the checkpoint")
+@pytest.mark.compatibility("Accelerate, save_state and load_state", "accelerate", "works",
+                           "the importance is in the checkpoint")
 def test_a_resumed_run(inner, tmp_path):
     net = training.network()
     run(net, training.wrapped(net, inner, 0.5), 1).save_state(tmp_path)

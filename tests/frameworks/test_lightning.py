@@ -35,8 +35,8 @@ class Module(L.LightningModule):
 
 
 def fit(module, folder, epochs=2, checkpoint=None, **settings):
-    trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", default_root_dir=folder, logger=False, enable_checkpointing=False,
-                        enable_progress_bar=False, enable_model_summary=False, **settings)
+    trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", default_root_dir=folder, logger=False,
+                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **settings)
     trainer.fit(module, training.loader(), ckpt_path=checkpoint)
     return trainer, trainer.optimizers[0]
 
@@ -99,7 +99,8 @@ def test_a_fabric_run(inner, precision, clip):
     run_fabric(frozen, training.wrapped(frozen, inner, 1.0), 2, precision, clip)
     training.check_frozen(frozen)
     saved["optimizer"].accumulate_importance()
-    assert not torch.equal(optimizer.importance["trunk.0.weight"], training.wrapped(net, inner, 0.5).importance["trunk.0.weight"])
+    assert not torch.equal(optimizer.importance["trunk.0.weight"],
+                           training.wrapped(net, inner, 0.5).importance["trunk.0.weight"])
 
 
 @pytest.mark.compatibility("Fabric, save and load", "lightning", "works", "the importance is in the checkpoint")

@@ -53,7 +53,7 @@ def train(net, optimizer, steps=3):
 
 
 def check(make):
-    """Frozen at gamma = 1; the inner optimizer bit for bit without importance; a share of the update between; resumed alike."""
+    """Frozen at gamma = 1; the inner optimizer bit for bit without importance; a part of the update between; resumed alike."""
     net = Net()
     before = values(net)
     train(net, wrapped(net, make, 1.0))
@@ -106,7 +106,8 @@ def test_schedule_free_updates_cannot_be_masked(name):
 
 @pytest.mark.dropin(line=9)
 @pytest.mark.compatibility("schedule-free SGD, `mask=\"gradient\"`", "schedulefree", "works with a note",
-                           "`opt.train()` and `opt.eval()` reach it; AdamW's is masked likewise, and undoes it as Adam does (warned)")
+                           "`opt.train()` and `opt.eval()` reach it; AdamW's is masked likewise, and undoes it as Adam does "
+                           "(warned)")
 @pytest.mark.parametrize("name", SCHEDULE_FREE)
 def test_schedule_free_gradients_are_masked(name):
     net = Net()
@@ -154,7 +155,8 @@ def test_lookahead_inside_the_wrapper():
         optimizer.state_dict()
 
 
-@pytest.mark.compatibility("schedule-free's own wrapper, inside", "schedulefree", "refused with an error", "it is no torch optimizer")
+@pytest.mark.compatibility("schedule-free's own wrapper, inside", "schedulefree", "refused with an error",
+                           "it is no torch optimizer")
 def test_a_wrapper_that_is_no_optimizer_is_refused():
     net = Net()
     with pytest.raises(TypeError, match="expected a torch.optim.Optimizer to wrap, got ScheduleFreeWrapper"):

@@ -6,7 +6,8 @@ from . import table
 
 
 def test_the_readme_has_the_table_of_these_tests():
-    for package in ("lightning", "accelerate", "transformers", "bitsandbytes", "prodigyopt", "pytorch_optimizer", "schedulefree"):
+    for package in ("lightning", "accelerate", "transformers", "bitsandbytes", "prodigyopt", "pytorch_optimizer",
+                    "schedulefree"):
         pytest.importorskip(package)
     readme = table.README.read_text(encoding="utf-8")
     assert readme == table.with_table(readme), "run python -m tests.frameworks.table"

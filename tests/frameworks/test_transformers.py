@@ -47,7 +47,8 @@ def test_a_run(inner, bf16, clip, tmp_path):
     training.check_frozen(frozen.net)
 
 
-@pytest.mark.compatibility("Hugging Face Trainer, resume_from_checkpoint", "transformers", "works", "the importance is in `optimizer.pt`")
+@pytest.mark.compatibility("Hugging Face Trainer, resume_from_checkpoint", "transformers", "works",
+                           "the importance is in `optimizer.pt`")
 def test_a_resumed_run(inner, tmp_path):
     model = Model()
     run(model, training.wrapped(model.net, inner, 0.5), tmp_path, max_grad_norm=0.0)

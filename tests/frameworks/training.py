@@ -1,4 +1,4 @@
-"""One training run for every framework to do: a small model, its data in a fixed order, SGD with momentum or AdamW, a schedule."""
+"""One training run for every framework: a small model, its data in a fixed order, SGD with momentum or AdamW, a schedule."""
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,8 @@ def wrapped(net: Net, inner: str, gamma: float | None) -> SPGOptimizer:
     optimizer = SPGOptimizer(INNER[inner](net.parameters()), heads=net.heads, named_parameters=net.named_parameters())
     for i, name in enumerate(optimizer.importance if gamma is not None else ()):
         shape = optimizer.importance[name].shape
-        optimizer.importance[name] = torch.rand(shape, generator=torch.Generator().manual_seed(i)) if gamma < 1 else torch.ones(shape)
+        optimizer.importance[name] = (torch.rand(shape, generator=torch.Generator().manual_seed(i)) if gamma < 1
+                                      else torch.ones(shape))
     return optimizer
 
 

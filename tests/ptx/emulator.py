@@ -51,7 +51,8 @@ def _compiled(sources: dict[str, str], options: tuple[str, ...]) -> Path:
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             for name, text in texts.items():
                 (Path(scratch) / name).write_text(text)
-            command = ["g++", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", *options, "-o", "out.so"]
+            command = ["g++", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", *options,
+                       "-o", "out.so"]
             done = subprocess.run([*command, *(name for name in sources if name.endswith(".cpp"))], cwd=scratch,
                                   capture_output=True, text=True)
             if done.returncode:

@@ -3,9 +3,10 @@
 // that ends with its last element, so that a sanitizer sees the first byte read or written beyond; what a function only
 // reads must keep its bits, and a call that is refused must change nothing.
 //
-// With clang:  clang++ -std=c++17 -O1 -g -fopenmp -fsanitize=fuzzer,address,undefined -Icsrc tests/sanitize/fuzz_c_interface.cpp csrc/*.cpp
-// With gcc, as a program over random inputs of its own, `a.out SEED COUNT`: add -DSPG_STANDALONE, leave out "fuzzer,". It prints
-// a hash of all that was written, NaNs aside the same bits with AVX-512 as with AVX2 and for any number of threads.
+// With clang:  clang++ -std=c++17 -O1 -g -fopenmp -fsanitize=fuzzer,address,undefined -Icsrc
+//              tests/sanitize/fuzz_c_interface.cpp csrc/*.cpp
+// With gcc, as a program over random inputs of its own, `a.out SEED COUNT`: add -DSPG_STANDALONE, leave out "fuzzer,". It
+// prints a hash of all that was written, NaNs aside the same bits with AVX-512 as with AVX2 and for any number of threads.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -51,7 +52,8 @@ int64_t size_of(int32_t dtype) { return dtype == SPG_CODE8 ? 1 : dtype == SPG_FL
 // One tensor: `offset` elements of padding, so that it is aligned to its element only, then exactly its elements.
 struct Tensor {
   Tensor(Input& input, int32_t dtype, int64_t numel, bool unit_range)
-      : dtype(dtype), bytes(size_of(dtype) * numel), padding(size_of(dtype) * input.below(4)), memory(new uint8_t[padding + bytes]) {
+      : dtype(dtype), bytes(size_of(dtype) * numel), padding(size_of(dtype) * input.below(4)),
+        memory(new uint8_t[padding + bytes]) {
     const uint32_t kind = input.below(4);
     uint32_t state = input.below(1u << 30) * 2u + 1;
     for (int64_t i = 0; i < padding; i++) memory[i] = 0x5a;
@@ -153,7 +155,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       require(finite[i] || gammas.tensors[i].unchanged(), "a gradient that is not finite leaves gamma alone");
     }
   } else if (function == 1) {
-    status = spg_soft_mask(n, numel.data(), dtype.data(), written.pointers.data(), gamma_dtype.data(), gammas.pointers.data(), threads);
+    status = spg_soft_mask(n, numel.data(), dtype.data(), written.pointers.data(), gamma_dtype.data(), gammas.pointers.data(),
+                           threads);
   } else if (function == 2) {
     status = spg_update_mask(n, numel.data(), dtype.data(), written.pointers.data(), read.pointers.data(), gamma_dtype.data(),
                              gammas.pointers.data(), threads);
@@ -163,9 +166,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                             grad_factor, flags & 1, flags & 4, flags & 8, threads);
   } else {
     status = spg_masked_adamw(n, numel.data(), dtype.data(), written.pointers.data(), read.pointers.data(), gamma_dtype.data(),
-                              gammas.pointers.data(), state_dtype.data(), first_state.pointers.data(), second_state.pointers.data(),
-                              flags & 1 ? third_state.pointers.data() : nullptr, reinterpret_cast<float**>(steps.pointers.data()), a, b,
-                              c, 1e-8, d, grad_factor, flags & 2, flags & 8, threads);
+                              gammas.pointers.data(), state_dtype.data(), first_state.pointers.data(),
+                              second_state.pointers.data(), flags & 1 ? third_state.pointers.data() : nullptr,
+                              reinterpret_cast<float**>(steps.pointers.data()), a, b, c, 1e-8, d, grad_factor, flags & 2,
+                              flags & 8, threads);
   }
   require(status == (known ? SPG_OK : SPG_BAD_DTYPE), "unknown dtypes, and only they, are refused");
   read.check(false);

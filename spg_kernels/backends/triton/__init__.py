@@ -34,7 +34,8 @@ def interpreter_unavailable() -> str | None:
     import triton
 
     if TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4":
-        return f"Triton {triton.__version__}'s interpreter does not run under NumPy {numpy.__version__} (pip install 'numpy<2.4', or Triton 3.7)"
+        return (f"Triton {triton.__version__}'s interpreter does not run under NumPy {numpy.__version__} "
+                "(pip install 'numpy<2.4', or Triton 3.7)")
     return None
 
 

@@ -243,8 +243,8 @@ def masked_adamw_(launches: plans.Launches, addresses: array, *, lr, beta1=0.9, 
                 table, ahead = counts.apart(place, counts.read(place, steps))
             else:
                 table, ahead = launch.table(place, steps), 1.0
-            values = (table, rate, ahead, _log(beta1), _log(beta2), float(beta2), float(1 - beta1), float(1 - beta2), float(eps),
-                      float(weight_decay), -1.0 if maximize else 1.0, scale, skip)
+            values = (table, rate, ahead, _log(beta1), _log(beta2), float(beta2), float(1 - beta1), float(1 - beta2),
+                      float(eps), float(weight_decay), -1.0 if maximize else 1.0, scale, skip)
             if any(piece.sizes):
                 launch.run(masked_adamw_kernel, place, piece.ready, flags, values,
                            lambda: launch_arguments(place, piece, tuple(columns), CHUNK, _constants(piece, flags)))
